@@ -1,0 +1,283 @@
+"""softmax, log_softmax and logsumexp, and the textbook formula as a foil.
+
+The arithmetic is in `softmaxlib._kernels`, its derivatives in
+`softmaxlib._functions`; here are the signatures and what they promise.
+"""
+
+import torch
+from torch import Tensor
+
+from softmaxlib import _arguments
+from softmaxlib._functions import LogSoftmax, LogSumExp, Softmax
+
+__all__ = ["log_softmax", "logsumexp", "naive_softmax", "softmax"]
+
+
+def softmax(
+    input: Tensor,
+    dim: int,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""Softmax along one dimension, correct to the last bit or nearly so.
+
+    .. math:: p_i = \frac{e^{z_i / T}}{\sum_j e^{z_j / T}}
+
+    with the logits :math:`z` = ``input`` along ``dim`` and the temperature
+    :math:`T` = ``temperature``.
+
+    Args:
+        input: logits of any shape; float16, bfloat16, float32 or float64.
+        dim: the class dimension, in [-ndim, ndim).
+        temperature: a number in [0, inf], held constant in derivatives.
+            The logits are shifted first and divided after, so that tiny
+            temperatures neither overflow nor lose accuracy. 0 gives the
+            limit, uniform over the arg max set; inf is uniform.
+        mask: boolean, broadcastable to ``input``; True takes part.
+        dtype: the format to cast ``input`` to before computing, and that of
+            the result.
+        out: a tensor to write to, as in PyTorch (no autograd through it).
+            ``out=input`` works in place.
+
+    Returns:
+        Probabilities of the shape of ``input``, contiguous.
+
+        A logit of -inf has probability 0. A row whose logits are all -inf,
+        or that holds +inf or NaN, is NaN, that row only. Masked entries are
+        0, whatever their logit; a fully masked row is all 0, with zero
+        gradient. Empty stays empty. A 0-d input gives 1.
+
+    Raises:
+        TypeError: ``input`` is not a tensor, ``dim`` not an int,
+            ``temperature`` not a number, ``mask`` not boolean.
+        IndexError: ``dim`` is out of range.
+        ValueError: ``temperature`` is negative or NaN.
+        NotImplementedError: ``input`` is integer, bool or an 8-bit float
+            and ``dtype`` is not given, or it is complex or sparse.
+        RuntimeError: ``mask`` cannot be broadcast; ``out`` has the wrong
+            shape, dtype or device, or autograd would have to go through it.
+
+    Accuracy, worst case over all finite inputs: 0.5 ulp and a hair for
+    float16, bfloat16 and float32, at any temperature; 5 ulp for float64.
+    While ``torch.compile`` traces, the shifted textbook formula in the input
+    format runs instead (halves in float32), whose error grows with the range
+    of the logits, as that of ``torch.softmax`` does.
+
+    Complexity: O(n) time for n entries; besides the output a constant block
+    of 2 MiB per thread, never a float64 copy of the input.
+
+    Example:
+        >>> import torch
+        >>> from softmaxlib import softmax
+        >>> softmax(torch.tensor([1.0, 2.0, 3.0]), dim=0)
+        tensor([0.0900, 0.2447, 0.6652])
+        >>> softmax(torch.tensor([1.0, 2.0, 2.0]), dim=0, temperature=0)
+        tensor([0.0000, 0.5000, 0.5000])
+
+    Derived in the chapters *The softmax function*, *Softmax on a computer*
+    and *Temperature*. The name and the use in classification: Bridle (1990),
+    doi:10.1007/978-3-642-76153-9_28. The rounding errors of the shifted
+    formula: Blanchard, Higham and Higham (2021), doi:10.1093/imanum/draa038.
+    """
+    return _evaluate(Softmax, input, dim, temperature, mask, dtype, out)
+
+
+def log_softmax(
+    input: Tensor,
+    dim: int,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""Logarithm of the softmax along one dimension.
+
+    .. math:: \log p_i = z_i / T - \log \sum_j e^{z_j / T}
+
+    with the logits :math:`z` = ``input`` along ``dim`` and the temperature
+    :math:`T` = ``temperature``. The largest entry is evaluated as
+    :math:`-\log(1 + \text{rest})` by ``log1p``, where the rest is the sum of
+    the other weights: it keeps all of its digits where one minus rounding
+    would make it 0.
+
+    Args:
+        input: logits of any shape; float16, bfloat16, float32 or float64.
+        dim: the class dimension, in [-ndim, ndim).
+        temperature: as in :func:`softmax`. At 0 the arg max set has
+            :math:`-\log m` (m its size) and everything else -inf.
+        mask: boolean, broadcastable to ``input``; True takes part.
+        dtype: the format to cast ``input`` to before computing, and that of
+            the result.
+        out: a tensor to write to, as in :func:`softmax`.
+
+    Returns:
+        Log-probabilities (nats) of the shape of ``input``, contiguous.
+
+        A logit of -inf has log-probability -inf; so has one whose true value
+        exceeds the format. Rows of -inf only, or with +inf or NaN, are NaN,
+        that row only. Masked entries are -inf and have zero gradient, fully
+        masked rows included. Empty stays empty. A 0-d input gives 0.
+
+    Raises:
+        TypeError, IndexError, ValueError, NotImplementedError, RuntimeError:
+            as :func:`softmax`.
+
+    Accuracy, worst case over all finite inputs: 0.5 ulp and a hair for
+    float16, bfloat16 and float32, at any temperature; 5 ulp for float64.
+    While ``torch.compile`` traces, a composite in the input format runs
+    instead (halves in float32); it keeps the ``log1p``.
+
+    Complexity: as :func:`softmax`.
+
+    Example:
+        >>> import torch
+        >>> from softmaxlib import log_softmax
+        >>> log_softmax(torch.tensor([17.0, 0.0]), dim=0)
+        tensor([-4.1399e-08, -1.7000e+01])
+
+    Derived in the chapter *Softmax on a computer*. Source: Blanchard, Higham
+    and Higham (2021), doi:10.1093/imanum/draa038, Algorithm 4.1.
+    """
+    return _evaluate(LogSoftmax, input, dim, temperature, mask, dtype, out)
+
+
+def logsumexp(
+    input: Tensor,
+    dim: int,
+    keepdim: bool = False,
+    *,
+    mask: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""Logarithm of the sum of exponentials along one dimension.
+
+    .. math:: \operatorname{LSE}(z) = \log \sum_j e^{z_j}
+
+    with :math:`z` = ``input`` along ``dim``. There is no temperature: the
+    smooth maximum at temperature T is ``T * logsumexp(z / T, dim)``.
+
+    Args:
+        input: logits of any shape; float16, bfloat16, float32 or float64.
+            Integers and bool are promoted to the default float, as in
+            PyTorch.
+        dim: the class dimension, in [-ndim, ndim).
+        keepdim: whether the result keeps ``dim`` with size 1.
+        mask: boolean, broadcastable to ``input``; True takes part.
+        dtype: the format to cast ``input`` to before computing, and that of
+            the result.
+        out: a tensor to write to, as in :func:`softmax`.
+
+    Returns:
+        The log-sum-exp (nats), of the shape of ``input`` without ``dim``.
+
+        A row of -inf only, a fully masked row and a row of no entries give
+        -inf; +inf gives +inf; NaN gives NaN, that row only. The gradient is
+        the softmax: NaN on a row of -inf only, but zero where masked; at a
+        logit of +inf NaN, and 0 at the others of its row.
+
+    Raises:
+        TypeError, IndexError, NotImplementedError, RuntimeError: as
+            :func:`softmax`, but for integers and bool.
+
+    Accuracy, worst case over all finite inputs: 0.5 ulp and a hair for
+    float16, bfloat16 and float32. For float64: 4 ulp of the largest of
+    \|LSE\|, \|max z\| and log K, and not of \|LSE\| alone, since the problem
+    is ill-conditioned near its zero set, where z + log(sum) cancels. For the
+    narrower formats such rows are computed in double-double arithmetic.
+    While ``torch.compile`` traces, a composite in the input format runs
+    instead (halves in float32).
+
+    Complexity: as :func:`softmax`, without an output of the input's size.
+
+    Example:
+        >>> import torch
+        >>> from softmaxlib import logsumexp
+        >>> logsumexp(torch.tensor([0.0, -40.0]), dim=0)
+        tensor(4.2484e-18)
+
+    Derived in the chapter *Softmax on a computer*. Source: Blanchard, Higham
+    and Higham (2021), doi:10.1093/imanum/draa038.
+    """
+    if not isinstance(keepdim, bool):
+        raise TypeError(
+            f"logsumexp(): keepdim must be a bool, got "
+            f"{type(keepdim).__name__} {keepdim!r}"
+        )
+    return _evaluate(LogSumExp, input, dim, 1.0, mask, dtype, out, keepdim)
+
+
+def naive_softmax(input: Tensor, dim: int) -> Tensor:
+    r"""The textbook formula, unshifted: this book's foil, not for use.
+
+    .. math:: p_i = \frac{e^{z_i}}{\sum_j e^{z_j}}
+
+    Computed as written, in the format of ``input``. The exponentials
+    overflow (inf / inf is NaN), their sum overflows (all probabilities 0) or
+    they all underflow (0 / 0 is NaN); otherwise it is a fair softmax.
+
+    Args:
+        input: logits of any shape, floating point.
+        dim: the class dimension, in [-ndim, ndim).
+
+    Returns:
+        What the formula gives, of the shape of ``input``.
+
+    Raises:
+        Whatever PyTorch raises: this function checks nothing.
+
+    Complexity: O(n) time, three tensors of the size of the input.
+
+    Example:
+        >>> import torch
+        >>> from softmaxlib import naive_softmax
+        >>> naive_softmax(torch.tensor([88.5, 88.5]), dim=0)
+        tensor([0., 0.])
+
+    Examined in the chapter *Softmax on a computer*.
+    """
+    exponentials = torch.exp(input)
+    return exponentials / exponentials.sum(dim, keepdim=True)
+
+
+def _evaluate(
+    function, input, dim, temperature, mask, dtype, out, keepdim=True
+):
+    """Check the arguments, then compute: compiled, into `out`, or plainly."""
+    name, reduces = function.name, function is LogSumExp
+    x = _arguments.logits(name, input, dtype, promote=reduces)
+    dim = _arguments.dimension(name, dim, x.ndim)
+    temperature = _arguments.temperature(name, temperature)
+    mask = _arguments.mask(name, mask, x)
+    shape = x.shape
+    if x.ndim == 0:
+        x = x.reshape(1)
+        mask = None if mask is None else mask.reshape(1)
+    elif reduces:
+        shape = shape[:dim] + (1,) * keepdim + shape[dim + 1 :]
+    if out is not None:
+        out = _arguments.out(name, out, shape, x)
+    if torch.compiler.is_compiling():
+        value = function.composite(x, mask, dim, temperature)
+    elif out is None:
+        value = function.apply(x, mask, dim, temperature)
+    elif out.is_contiguous() and not _overlap(x, out):
+        whole = function.result_shape(x, dim)
+        function.kernel(x, mask, dim, temperature, out.view(whole))
+        return out
+    else:
+        value = function.run(x, mask, dim, temperature)
+    value = value.view(shape)
+    return value if out is None else out.copy_(value)
+
+
+def _overlap(x: Tensor, out: Tensor) -> bool:
+    """Whether the two may share memory other than element by element."""
+    if x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
+        return False
+    places = [(t.data_ptr(), t.stride(), t.shape) for t in (x, out)]
+    return places[0] != places[1]
