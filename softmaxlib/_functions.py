@@ -44,6 +44,22 @@ class _Kernel(Function):
         return x.shape
 
     @classmethod
+    def call(cls, *arguments) -> Tensor:
+        """`apply`, or at a third of its cost `run` if nobody watches."""
+        watched = (
+            torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+            or (
+                torch.is_grad_enabled()
+                and any(
+                    isinstance(a, Tensor) and a.requires_grad
+                    for a in arguments
+                )
+            )
+        )
+        return cls.apply(*arguments) if watched else cls.run(*arguments)
+
+    @classmethod
     def run(cls, x: Tensor, *arguments) -> Tensor:
         """Call the kernel with a fresh contiguous output."""
         if any(_is_batched(a) for a in arguments):

@@ -23,6 +23,8 @@ from softmaxlib import _doubledouble
 # compensated arithmetic holds four buffers of a quarter of that. Longer rows
 # are computed twice, for the sum and for the values, rather than held.
 _TILE = 2**18
+# Below this size the Python around a tile costs more than the arithmetic.
+_SMALL = 2**12
 # Columns of a tile over a strided dimension: at least a cache line.
 _LANES = 16
 
@@ -205,11 +207,13 @@ class Tile:
         for chunk in self.chunks:
             weights = self.weights(chunk, top)
             sums.append(_sum_without(weights, index - chunk.start))
+        # The weight left out would have been NaN if top is infinite.
+        rest = add_up(sums).add_(top - top)
         if not self.whole:
-            return add_up(sums), None
+            return rest, None
         # The sum left a zero in the place of the largest weight.
         _put(weights, index, torch.ones_like(top))
-        return add_up(sums), weights
+        return rest, weights
 
     def argmax(self, top: Tensor) -> Tensor:
         """Index of one of the largest logits in each row."""
@@ -384,12 +388,44 @@ def _upper_half(a, split):
     return c - (c - a)
 
 
+def _has_cancelled(value, top, log_rest):
+    """Where top + log_rest has lost too many bits."""
+    return value.abs() < torch.maximum(top.abs(), log_rest) * _CANCELLED
+
+
+def _is_small(x: Tensor, mask: Tensor | None) -> bool:
+    """Whether to compute at once, in float64 and without a mask."""
+    return (
+        0 < x.numel() <= _SMALL
+        and mask is None
+        and not compensates(x.dtype, x.device)
+        and x.device.type != "mps"
+    )
+
+
+def _direct(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """z - top, top and log(1 + rest) in float64, without tiles."""
+    z = x.to(torch.float64)
+    index = z.argmax(dim, keepdim=True)
+    top = z.gather(dim, index)
+    high = z - top
+    weights = high.exp()
+    # NaN where top is infinite, else 0: the largest weight is left out.
+    weights.scatter_(dim, index, top - top)
+    return high, top, weights.sum(dim, keepdim=True).log1p_()
+
+
 def softmax(x, mask, dim, temperature, out, isolate=False):
     """Write the softmax of `x` into the contiguous `out` (may be `x`).
 
     With `isolate`, an infinite logit makes itself NaN and the others 0, as
     in the gradient of log-sum-exp, instead of the whole row NaN.
     """
+    if temperature == 1 and not isolate and _is_small(x, mask):
+        # PyTorch's own kernel in float64: on so few terms its serial sum is
+        # good to far more than the formats it is rounded to.
+        out.copy_(torch.softmax(x, dim, dtype=torch.float64))
+        return
     for tile, target in tiles(x, mask, dim, temperature, out):
         top = tile.top()
         total, weights = tile.total(top)
@@ -411,7 +447,11 @@ def logsumexp_gradient(x, mask, dim, temperature, out):
 
 
 def log_softmax(x, mask, dim, temperature, out):
-    """Write the log-softmax of `x` into the contiguous `out` (may be `x`)."""
+    """Write the log-softmax of `x` into the contiguous `out` (or `x`)."""
+    if temperature == 1 and _is_small(x, mask):
+        high, _, log_rest = _direct(x, dim)
+        out.copy_(high.sub_(log_rest))
+        return
     for tile, target in tiles(x, mask, dim, temperature, out):
         top = tile.top()
         log_total = tile.rest(top)[0].log1p_()
@@ -428,6 +468,12 @@ def logsumexp(x, mask, dim, temperature, out):
     """
     if not x.shape[dim]:
         out.fill_(-math.inf)
+    if _is_small(x, mask):
+        _, top, log_rest = _direct(x, dim)
+        value = torch.where(top.isinf(), top, top + log_rest)
+        if not _has_cancelled(value, top, log_rest).any():
+            out.copy_(value)
+            return
     for tile, target in tiles(x, mask, dim, temperature, out):
         top = tile.top()
         # An infinite maximum is its own log-sum-exp, and inf - inf is not.
@@ -436,8 +482,7 @@ def logsumexp(x, mask, dim, temperature, out):
         log_rest = tile.rest(shift)[0].log1p_()
         value = torch.where(infinite, top, shift + log_rest)
         if not tile.compensated:
-            size = torch.maximum(shift.abs(), log_rest) * _CANCELLED
-            cancelled = (value.abs() < size).squeeze(-1)
+            cancelled = _has_cancelled(value, shift, log_rest).squeeze(-1)
             if cancelled.any():
                 few = tile.select(cancelled)
                 value[cancelled] = _doubledouble.logsumexp(

@@ -264,7 +264,7 @@ def _evaluate(
     if torch.compiler.is_compiling():
         value = function.composite(x, mask, dim, temperature)
     elif out is None:
-        value = function.apply(x, mask, dim, temperature)
+        value = function.call(x, mask, dim, temperature)
     elif out.is_contiguous() and not _overlap(x, out):
         whole = function.result_shape(x, dim)
         function.kernel(x, mask, dim, temperature, out.view(whole))
