@@ -85,7 +85,6 @@ class _Kernel(Function):
 
 
 class Softmax(_Kernel):
-    name = "softmax"
     kernel = staticmethod(_kernels.softmax)
 
     @staticmethod
@@ -112,10 +111,6 @@ class Softmax(_Kernel):
         # The Jacobian is symmetric.
         y, mask = saved
         return SoftmaxVJP.apply(y, tangent, mask, ctx.dim, ctx.temperature)
-
-    @staticmethod
-    def composite(x, mask, dim, temperature):
-        return _composite(x, mask, dim, temperature)[0]
 
 
 class SoftmaxVJP(_Kernel):
@@ -168,7 +163,6 @@ class SoftmaxVJP(_Kernel):
 
 
 class LogSoftmax(_Kernel):
-    name = "log_softmax"
     kernel = staticmethod(_kernels.log_softmax)
 
     @staticmethod
@@ -196,10 +190,6 @@ class LogSoftmax(_Kernel):
         dim, temperature = ctx.dim, ctx.temperature
         y = Softmax.apply(x, mask, dim, temperature)
         return _log_softmax_jvp(y, tangent, mask, dim, temperature)
-
-    @staticmethod
-    def composite(x, mask, dim, temperature):
-        return _composite(x, mask, dim, temperature)[1]
 
 
 class LogSoftmaxVJP(_Kernel):
@@ -260,7 +250,6 @@ class LogSoftmaxVJP(_Kernel):
 class LogSumExp(_Kernel):
     """Log-sum-exp with `dim` kept; its temperature is always 1."""
 
-    name = "logsumexp"
     kernel = staticmethod(_kernels.logsumexp)
 
     @staticmethod
@@ -294,10 +283,6 @@ class LogSumExp(_Kernel):
         if mask is not None:
             tangent = tangent.masked_fill(~mask, 0)
         return _dot(y, tangent, ctx.dim)
-
-    @staticmethod
-    def composite(x, mask, dim, temperature):
-        return _composite(x, mask, dim, temperature)[2]
 
 
 class LogSumExpGradient(Softmax):
@@ -340,22 +325,23 @@ def _log_softmax_jvp(y, v, mask, dim, temperature):
     return result if mask is None else result.masked_fill(~mask, 0)
 
 
-def _composite(x, mask, dim, temperature):
-    """Softmax, log-softmax and log-sum-exp in plain PyTorch operations.
+def composite(name, x, mask, dim, temperature):
+    """The function `name` in plain PyTorch operations.
 
-    For tracing compilers, which fuse it into one loop and drop what is not
-    used. Halves are computed in float32, the others in their own format.
+    For tracing compilers, which fuse them into one loop. Halves are computed
+    in float32, the others in their own format.
     """
     z = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     if mask is not None:
         z = z.masked_fill(~mask, -math.inf)
     if not z.shape[dim]:
-        return x, x, x.new_full(LogSumExp.result_shape(x, dim), -math.inf)
+        if name == "logsumexp":
+            return x.new_full(LogSumExp.result_shape(x, dim), -math.inf)
+        return x.clone()
     index = z.detach().argmax(dim, keepdim=True)
     top = z.gather(dim, index)
-    # Constant in the derivatives: they do not depend on the shift.
-    shift = top.detach()
-    plain = shift.masked_fill(shift.isinf(), 0)
+    # Not detached: the largest entry is in no other term of log_rest.
+    shift, infinite = top, top.isinf()
     if mask is not None:
         # A fully masked row has no weight instead of NaN weights.
         shift = torch.where(mask.any(dim, keepdim=True), shift, 0)
@@ -363,17 +349,22 @@ def _composite(x, mask, dim, temperature):
     if temperature == 0:
         high = torch.where(high < 0, -math.inf, high)
     elif temperature == math.inf:
-        high = torch.where(z == -math.inf, -math.inf, high * 0)
+        high = torch.where(z == -math.inf, -math.inf, z * 0 - shift * 0)
     elif temperature != 1:
         high = high / temperature
     weights = torch.exp(high)
     classes = torch.arange(x.shape[dim], device=x.device)
     classes = classes.view([-1 if d == dim else 1 for d in range(x.ndim)])
-    rest = torch.where(classes == index, 0, weights).sum(dim, keepdim=True)
-    softmax = weights / weights.sum(dim, keepdim=True)
-    log_softmax = high - torch.log1p(rest)
+    # NaN where the largest logit is infinite.
+    rest = torch.where(classes == index, shift - shift, weights)
+    log_rest = torch.log1p(rest.sum(dim, keepdim=True))
+    if name == "softmax":
+        value, masked = weights / weights.sum(dim, keepdim=True), 0.0
+    elif name == "log_softmax":
+        value, masked = high - log_rest, -math.inf
+    else:
+        value = torch.where(infinite, top, shift + log_rest)
+        return value.to(x.dtype)
     if mask is not None:
-        softmax = softmax.masked_fill(~mask, 0)
-        log_softmax = log_softmax.masked_fill(~mask, -math.inf)
-    logsumexp = plain + torch.log1p(rest)
-    return [r.to(x.dtype) for r in (softmax, log_softmax, logsumexp)]
+        value = value.masked_fill(~mask, masked)
+    return value.to(x.dtype)

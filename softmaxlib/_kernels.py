@@ -46,11 +46,14 @@ _MODERATE = 2.0**20
 _CANCELLED = 2.0**-21
 
 
+def work_dtype(device: torch.device) -> torch.dtype:
+    """The widest format of the device."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def compensates(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `device` offers no wider format to compute `dtype` in."""
-    return dtype == torch.float64 or (
-        dtype == torch.float32 and device.type == "mps"
-    )
+    return dtype == torch.float64 or dtype == work_dtype(device)
 
 
 def as_rows(x: Tensor, dim: int) -> Tensor:
@@ -68,10 +71,8 @@ class Scratch:
     """
 
     def __init__(self, x: Tensor, size: int):
-        self.dtype = (
-            torch.float32 if x.device.type == "mps" else torch.float64
-        )
-        self.device, self.size = x.device, size
+        self.dtype, self.device = work_dtype(x.device), x.device
+        self.size = size
         self.flat, self.shaped = {}, {}
 
     def __call__(self, name: str, like: Tensor) -> Tensor:
@@ -207,12 +208,12 @@ class Tile:
         for chunk in self.chunks:
             weights = self.weights(chunk, top)
             sums.append(_sum_without(weights, index - chunk.start))
-        # The weight left out would have been NaN if top is infinite.
-        rest = add_up(sums).add_(top - top)
+        # Both the sum and the weight left out are NaN if top is infinite.
+        nan = top - top
+        rest = add_up(sums).add_(nan)
         if not self.whole:
             return rest, None
-        # The sum left a zero in the place of the largest weight.
-        _put(weights, index, torch.ones_like(top))
+        _put(weights, index, 1 + nan)
         return rest, weights
 
     def argmax(self, top: Tensor) -> Tensor:
@@ -259,7 +260,9 @@ class Tile:
             high = torch.where(z < top, -math.inf, z - top)
             return high, torch.zeros_like(high)
         if temperature == math.inf:
-            high = torch.where(z == -math.inf, -math.inf, (z - top) * 0)
+            # Not (z - top) * 0: the difference may overflow.
+            high = z * 0 - top * 0
+            high.masked_fill_(z == -math.inf, -math.inf)
             return high, torch.zeros_like(high)
         # Powers of two are divided out exactly: before the shift where
         # T > 1, so that no difference overflows that the division would
@@ -279,9 +282,14 @@ class Tile:
                 scale = math.ldexp(1.0, min(-exponent, 1000))
                 high, low = high * scale, low * scale
                 temperature *= scale
-            quotient = high / temperature
-            product, error = _two_product(quotient, temperature)
-            low = (high - product).sub_(error).add_(low).div_(temperature)
+            divisor = torch.tensor(
+                temperature, dtype=z.dtype, device=z.device
+            )
+            quotient = high / divisor
+            product, error = _two_product(quotient, divisor)
+            # What a narrow format has rounded off the temperature.
+            error += quotient * (temperature - divisor.item())
+            low = (high - product).sub_(error).add_(low).div_(divisor)
             high = quotient
         # inf - inf where high is infinite: nothing to correct there.
         return high, low.nan_to_num_(0, 0, 0)
@@ -368,10 +376,9 @@ def tiles(
             yield tile, *(other[at] for other in others)
 
 
-def _two_product(a: Tensor, b: float) -> tuple[Tensor, Tensor]:
+def _two_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Dekker: a * b = product + error exactly, barring over/underflow."""
     split = 2.0**27 + 1 if a.dtype == torch.float64 else 2.0**12 + 1
-    b = torch.tensor(b, dtype=a.dtype, device=a.device)
     a_high = _upper_half(a, split)
     b_high = _upper_half(b, split)
     a_low, b_low = a - a_high, b - b_high
@@ -398,8 +405,8 @@ def _is_small(x: Tensor, mask: Tensor | None) -> bool:
     return (
         0 < x.numel() <= _SMALL
         and mask is None
-        and not compensates(x.dtype, x.device)
-        and x.device.type != "mps"
+        and x.dtype != torch.float64
+        and work_dtype(x.device) == torch.float64
     )
 
 

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from softmaxlib import _arguments
-from softmaxlib._functions import LogSoftmax, LogSumExp, Softmax
+from softmaxlib._functions import (
+    LogSoftmax,
+    LogSumExp,
+    Softmax,
+    composite,
+)
 
 __all__ = ["log_softmax", "logsumexp", "naive_softmax", "softmax"]
 
@@ -82,7 +87,7 @@ def softmax(
     doi:10.1007/978-3-642-76153-9_28. The rounding errors of the shifted
     formula: Blanchard, Higham and Higham (2021), doi:10.1093/imanum/draa038.
     """
-    return _evaluate(Softmax, input, dim, temperature, mask, dtype, out)
+    return _evaluate("softmax", input, dim, temperature, mask, dtype, out)
 
 
 def log_softmax(
@@ -142,7 +147,9 @@ def log_softmax(
     Derived in the chapter *Softmax on a computer*. Source: Blanchard, Higham
     and Higham (2021), doi:10.1093/imanum/draa038, Algorithm 4.1.
     """
-    return _evaluate(LogSoftmax, input, dim, temperature, mask, dtype, out)
+    return _evaluate(
+        "log_softmax", input, dim, temperature, mask, dtype, out
+    )
 
 
 def logsumexp(
@@ -208,7 +215,9 @@ def logsumexp(
             f"logsumexp(): keepdim must be a bool, got "
             f"{type(keepdim).__name__} {keepdim!r}"
         )
-    return _evaluate(LogSumExp, input, dim, 1.0, mask, dtype, out, keepdim)
+    return _evaluate(
+        "logsumexp", input, dim, 1.0, mask, dtype, out, keepdim
+    )
 
 
 def naive_softmax(input: Tensor, dim: int) -> Tensor:
@@ -244,11 +253,18 @@ def naive_softmax(input: Tensor, dim: int) -> Tensor:
     return exponentials / exponentials.sum(dim, keepdim=True)
 
 
+_FUNCTIONS = {
+    "softmax": Softmax,
+    "log_softmax": LogSoftmax,
+    "logsumexp": LogSumExp,
+}
+
+
 def _evaluate(
-    function, input, dim, temperature, mask, dtype, out, keepdim=True
+    name, input, dim, temperature, mask, dtype, out, keepdim=True
 ):
-    """Check the arguments, then compute: compiled, into `out`, or plainly."""
-    name, reduces = function.name, function is LogSumExp
+    """Check the arguments, then compute: traced, into `out`, or plainly."""
+    reduces = name == "logsumexp"
     x = _arguments.logits(name, input, dtype, promote=reduces)
     dim = _arguments.dimension(name, dim, x.ndim)
     temperature = _arguments.temperature(name, temperature)
@@ -262,17 +278,17 @@ def _evaluate(
     if out is not None:
         out = _arguments.out(name, out, shape, x)
     if torch.compiler.is_compiling():
-        value = function.composite(x, mask, dim, temperature)
-    elif out is None:
-        value = function.call(x, mask, dim, temperature)
-    elif out.is_contiguous() and not _overlap(x, out):
+        value = composite(name, x, mask, dim, temperature).view(shape)
+        return value if out is None else out.copy_(value)
+    function = _FUNCTIONS[name]
+    if out is None:
+        return function.call(x, mask, dim, temperature).view(shape)
+    if out.is_contiguous() and not _overlap(x, out):
         whole = function.result_shape(x, dim)
         function.kernel(x, mask, dim, temperature, out.view(whole))
         return out
-    else:
-        value = function.run(x, mask, dim, temperature)
-    value = value.view(shape)
-    return value if out is None else out.copy_(value)
+    value = function.run(x, mask, dim, temperature)
+    return out.copy_(value.view(shape))
 
 
 def _overlap(x: Tensor, out: Tensor) -> bool:

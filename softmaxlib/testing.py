@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import hypothesis
 import mpmath
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -376,17 +377,37 @@ def ulp_error(computed: Tensor, exact: Sequence, *, scale=None) -> float:
         max |computed - exact| / ulp(exact); inf where NaN was computed or a
         finite, representable value came back infinite. 0 for no entries.
     """
-    dtype, worst = computed.dtype, mpmath.mpf(0)
-    values = computed.detach().double().flatten().tolist()
-    limit = torch.finfo(dtype).max
-    for a, b in zip(values, exact, strict=True):
-        if math.isnan(a):
-            return math.inf
-        if math.isinf(a):
-            if abs(b) <= limit or mpmath.sign(b) != math.copysign(1, a):
-                return math.inf
-            continue
-        unit = spacing(b if scale is None else scale, dtype)
-        with mpmath.workprec(400):
-            worst = max(worst, abs(mpmath.mpf(a) - b) / unit)
-    return float(worst)
+    digits, smallest_exponent = _PRECISION[computed.dtype]
+    got = computed.detach().double().flatten().numpy()
+    # Each exact value as the sum of two floats.
+    high = np.array([float(b) for b in exact])
+    low = np.array(
+        [
+            float(b - h) if math.isfinite(h) else 0.0
+            for b, h in zip(exact, high.tolist(), strict=True)
+        ]
+    )
+    if got.shape != high.shape:
+        raise ValueError(
+            f"ulp_error(): {got.size} computed values, {high.size} exact"
+        )
+    if not got.size:
+        return 0.0
+    with np.errstate(all="ignore"):
+        error = np.abs((got - high) - low)
+        fraction, exponent = np.frexp(np.abs(high))
+        # The exact value lies below the power of two that it rounds to.
+        below = (fraction == 0.5) & (np.sign(low) == -np.sign(high))
+        exponent = np.where(
+            high == 0, smallest_exponent, exponent - 1 - below
+        )
+        exponent = np.maximum(exponent, smallest_exponent)
+        unit = np.ldexp(1.0, exponent - digits + 1)
+        if scale is not None:
+            unit = float(spacing(scale, computed.dtype))
+        error = error / unit
+    # Infinity is right where the exact value is beyond the format.
+    beyond = np.abs(high) > torch.finfo(computed.dtype).max
+    right = np.isinf(got) & beyond & (np.sign(got) == np.sign(high))
+    error = np.where(right, 0.0, error)
+    return math.inf if np.isnan(error).any() else float(error.max())
