@@ -80,6 +80,19 @@ class Evidence:
         return {"text/plain": str(self), self.MIME: json.dumps(facts)}
 
 
+def _settings(cases: int, **options) -> hypothesis.settings:
+    """The same examples at every run and everywhere."""
+    return hypothesis.settings(
+        max_examples=cases,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        print_blob=False,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        **options,
+    )
+
+
 def attack(
     label: str,
     *strategies: st.SearchStrategy,
@@ -139,15 +152,7 @@ def attack(
             worst = deviation if worst is None else max(worst, deviation)
 
         test = hypothesis.given(st.tuples(*strategies))(body)
-        test = hypothesis.settings(
-            max_examples=cases,
-            derandomize=True,
-            database=None,
-            deadline=None,
-            print_blob=False,
-            suppress_health_check=list(hypothesis.HealthCheck),
-        )(test)
-        test()
+        _settings(cases)(test)()
         return Evidence(label, tried, worst, bound, "hypothesis", note)
 
     return run
@@ -219,17 +224,7 @@ def smallest(strategy: st.SearchStrategy, condition: Callable):
         >>> smallest(st.integers(), lambda n: n * n > 50)
         8
     """
-    return hypothesis.find(
-        strategy,
-        condition,
-        settings=hypothesis.settings(
-            max_examples=5000,
-            derandomize=True,
-            database=None,
-            deadline=None,
-            suppress_health_check=list(hypothesis.HealthCheck),
-        ),
-    )
+    return hypothesis.find(strategy, condition, settings=_settings(5000))
 
 
 # --- strategies ----------------------------------------------------------

@@ -1,0 +1,224 @@
+"""Wrong libraries, each a small patch of the right one.
+
+The chapters must notice every one of them: a check that no saboteur makes
+fail is an empty check. A saboteur is a function that takes a pytest
+`MonkeyPatch`; its docstring says what it does, as it is told in the ledger.
+"""
+
+import math
+
+import torch
+
+from softmaxlib import _arguments, _functions, _kernels, functional
+from softmaxlib._kernels import Tile
+
+SABOTEURS = {}
+
+
+def saboteur(function):
+    SABOTEURS[function.__name__] = function
+    return function
+
+
+def _replace_kernel(patch, function, kernel):
+    """Let the autograd function (and the plain call) use `kernel`."""
+    patch.setattr(function, "kernel", staticmethod(kernel))
+
+
+def _plain_rest(tile, top):
+    """Total minus one, where the library leaves the largest out."""
+    sums = []
+    for chunk in tile.chunks:
+        weights = tile.weights(chunk, top)
+        sums.append(weights.sum(-1, keepdim=True))
+    rest = _kernels.add_up(sums) - 1
+    return rest, weights if tile.whole else None
+
+
+@saboteur
+def subtract_the_minimum(patch):
+    """Shifts by the smallest logit, so that wide rows overflow."""
+    top = Tile.top
+
+    def smallest(tile):
+        lows = [
+            tile.logits(c).amin(-1, keepdim=True).clone()
+            for c in tile.chunks
+        ]
+        low = torch.cat(lows, -1).amin(-1, keepdim=True)
+        return low + 0 * top(tile)
+
+    patch.setattr(Tile, "top", smallest)
+    patch.setattr(Tile, "rest", _plain_rest)
+
+
+@saboteur
+def subtract_the_global_maximum(patch):
+    """Shifts every row by the largest logit of the whole batch."""
+    top = Tile.top
+    patch.setattr(Tile, "top", lambda t: 0 * top(t) + top(t).amax())
+    patch.setattr(Tile, "rest", _plain_rest)
+
+
+@saboteur
+def wrong_axis(patch):
+    """Normalises over the next dimension, where there is one."""
+    right = _arguments.dimension
+
+    def next_one(function, dim, ndim):
+        return (right(function, dim, ndim) + 1) % max(ndim, 1)
+
+    patch.setattr(_arguments, "dimension", next_one)
+
+
+@saboteur
+def multiply_by_the_temperature(patch):
+    """Multiplies the logits by T where it should divide."""
+    right = _arguments.temperature
+
+    def reciprocal(function, value):
+        value = right(function, value)
+        return 1 / value if value else math.inf
+
+    patch.setattr(_arguments, "temperature", reciprocal)
+
+
+@saboteur
+def eps_in_the_denominator(patch):
+    """Adds 1e-8 to the sum of the exponentials."""
+    total, rest = Tile.total, Tile.rest
+
+    def padded(tile, top):
+        value, weights = total(tile, top)
+        return value + 1e-8, weights
+
+    def padded_rest(tile, top):
+        value, weights = rest(tile, top)
+        return value + 1e-8, weights
+
+    patch.setattr(Tile, "total", padded)
+    patch.setattr(Tile, "rest", padded_rest)
+
+
+@saboteur
+def log_of_softmax(patch):
+    """Takes the logarithm of the rounded softmax."""
+
+    def kernel(x, mask, dim, temperature, out):
+        _kernels.softmax(x, mask, dim, temperature, out)
+        out.log_()
+
+    _replace_kernel(patch, _functions.LogSoftmax, kernel)
+
+
+@saboteur
+def no_promotion(patch):
+    """Computes every format in that format."""
+    right = _kernels.Scratch.__init__
+
+    def same(scratch, x, size):
+        right(scratch, x, size)
+        scratch.dtype = x.dtype
+
+    patch.setattr(_kernels.Scratch, "__init__", same)
+
+
+@saboteur
+def detached_normaliser(patch):
+    """Treats the denominator as a constant in the backward pass."""
+
+    def softmax_vjp(y, v, mask, dim, temperature, out):
+        scale = _kernels.slope(temperature)
+        out.copy_(y * v * scale)
+
+    def log_softmax_vjp(x, v, mask, dim, temperature, out):
+        out.copy_(v * _kernels.slope(temperature))
+
+    _replace_kernel(patch, _functions.SoftmaxVJP, softmax_vjp)
+    _replace_kernel(patch, _functions.LogSoftmaxVJP, log_softmax_vjp)
+
+
+@saboteur
+def mask_after_exp(patch):
+    """Zeroes masked entries after the sum, without renormalising."""
+    right = Tile.logits
+
+    def unmasked(tile, chunk):
+        mask, tile.mask = tile.mask, None
+        z = right(tile, chunk)
+        tile.mask = mask
+        return z if mask is None else z.clone()
+
+    patch.setattr(Tile, "logits", unmasked)
+
+
+@saboteur
+def writes_into_its_input(patch):
+    """Shifts the logits in place, in the caller's tensor."""
+    for name, function in functional._FUNCTIONS.items():
+        right = getattr(_kernels, name)
+
+        def kernel(x, mask, dim, temperature, out, right=right):
+            right(x, mask, dim, temperature, out)
+            if x.numel() and out is not x:
+                x.copy_(x - x.amax(dim, keepdim=True))
+
+        _replace_kernel(patch, function, kernel)
+
+
+@saboteur
+def divide_by_the_others(patch):
+    """Leaves a class out of its own denominator: odds, not shares."""
+
+    def kernel(x, mask, dim, temperature, out):
+        _kernels.softmax(x, mask, dim, temperature, out)
+        out.div_(1 - out.double())
+
+    _replace_kernel(patch, _functions.Softmax, kernel)
+
+
+@saboteur
+def base_two(patch):
+    """Raises 2, not e, to the logits."""
+    for name, function in functional._FUNCTIONS.items():
+        right = getattr(_kernels, name)
+
+        def kernel(x, mask, dim, temperature, out, right=right):
+            scaled = (x.double() * math.log(2)).to(x.dtype)
+            right(scaled, mask, dim, temperature, out)
+
+        _replace_kernel(patch, function, kernel)
+
+
+@saboteur
+def no_exponential(patch):
+    """Divides the logits themselves by their sum."""
+
+    def kernel(x, mask, dim, temperature, out):
+        z = x if mask is None else x.masked_fill(~mask, 0)
+        out.copy_(z / z.sum(dim, keepdim=True))
+
+    _replace_kernel(patch, _functions.Softmax, kernel)
+
+
+@saboteur
+def forgets_to_add_the_maximum_back(patch):
+    """Log-sum-exp of the shifted logits, returned as that of the logits."""
+
+    def kernel(x, mask, dim, temperature, out):
+        shifted = x - x.amax(dim, keepdim=True)
+        _kernels.logsumexp(shifted, mask, dim, temperature, out)
+
+    _replace_kernel(patch, _functions.LogSumExp, kernel)
+
+
+@saboteur
+def divides_before_shifting(patch):
+    """Divides by the temperature in the input's format, then shifts."""
+    for name in ("softmax", "log_softmax"):
+        right = getattr(_kernels, name)
+
+        def kernel(x, mask, dim, temperature, out, right=right):
+            right(x / temperature, mask, dim, 1.0, out)
+
+        _replace_kernel(patch, functional._FUNCTIONS[name], kernel)

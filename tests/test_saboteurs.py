@@ -1,0 +1,69 @@
+"""The chapters notice every saboteur, and every check notices one."""
+
+import functools
+
+import pytest
+import replay
+import saboteurs
+
+from softmaxlib import _kernels
+
+# Enough to catch, as the attacks put their edge cases first.
+CASES = 60
+
+
+@functools.cache
+def outcomes(chapter: str, name: str | None) -> list[replay.Outcome]:
+    """Replay a chapter on the library as patched by a saboteur."""
+    with pytest.MonkeyPatch.context() as patch, replay.hurried(CASES):
+        # Small tensors, too, go through the code that is sabotaged.
+        patch.setattr(_kernels, "_SMALL", 0)
+        if name is not None:
+            saboteurs.SABOTEURS[name](patch)
+        return replay.replay(chapter)
+
+
+def labels(chapter: str) -> set[str]:
+    return {
+        label for cell in replay.cells(chapter) for label in cell.labels
+    }
+
+
+def caught(chapter: str, name: str) -> set[str]:
+    """The labels of the cells that notice a saboteur."""
+    return {
+        label
+        for outcome in outcomes(chapter, name)
+        if outcome.caught
+        for label in outcome.cell.labels
+    }
+
+
+@pytest.mark.parametrize("chapter", replay.notebooks())
+def test_the_untouched_library_passes(chapter):
+    failed = [o for o in outcomes(chapter, None) if o.error is not None]
+    assert not failed, f"{failed[0].cell.id}: {failed[0].error!r}"
+
+
+@pytest.mark.parametrize("chapter", replay.notebooks())
+def test_every_check_notices_a_saboteur(chapter):
+    checks = {t for t in labels(chapter) if t.startswith("checks:")}
+    noticed = set()
+    for name in saboteurs.SABOTEURS:
+        noticed |= caught(chapter, name)
+    assert not checks - noticed, "checks that no saboteur makes fail"
+
+
+def test_every_saboteur_is_noticed_by_a_chapter():
+    free = [
+        name
+        for name in saboteurs.SABOTEURS
+        if not any(caught(chapter, name) for chapter in replay.notebooks())
+    ]
+    assert not free, f"not noticed by any chapter: {free}"
+
+
+def test_there_are_saboteurs_and_each_says_what_it_does():
+    assert len(saboteurs.SABOTEURS) >= 10
+    for function in saboteurs.SABOTEURS.values():
+        assert function.__doc__.strip().endswith(".")
