@@ -1,0 +1,240 @@
+"""The built site in a real browser.
+
+Every page is served on localhost and opened in headless Chromium, on a phone
+in the light and on a desktop in the dark. Build the book first: `make book`.
+"""
+
+import functools
+import http.server
+import os
+import re
+import shutil
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urljoin
+
+import pytest
+
+SITE = Path(__file__).resolve().parent.parent / "_build" / "html"
+PAGES = sorted(
+    str(page.relative_to(SITE))
+    for page in SITE.rglob("*.html")
+    if page.relative_to(SITE).parts[0] not in {"_static", "reports"}
+)
+BROWSERS = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+)
+VIEWS = {
+    "phone, light": ({"width": 390, "height": 844}, "light"),
+    "desktop, dark": ({"width": 1280, "height": 900}, "dark"),
+}
+
+each_page = pytest.mark.parametrize("page", PAGES)
+
+
+def refuse(reason):
+    """Skip, saying so; where machines decide (CI), fail."""
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(f"THE SITE WAS NOT TESTED: {reason}")
+
+
+def test_the_book_is_built():
+    if "index.html" not in PAGES:
+        refuse("the book is not built; run `make book`")
+
+
+# --------------------------------------------------------- without a browser
+
+
+class Page(HTMLParser):
+    """The ids, links and images of one page."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.ids, self.links, self.images = [], [], []
+        self.feed((SITE / path).read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if "id" in attrs:
+            self.ids.append(attrs["id"])
+        if tag == "a" and "name" in attrs:
+            self.ids.append(attrs["name"])
+        if tag == "img":
+            self.images.append(attrs)
+        for key in ("href", "src"):
+            if attrs.get(key):
+                self.links.append(attrs[key])
+
+
+read = functools.cache(Page)
+
+
+@each_page
+def test_links_and_anchors_lead_somewhere(page):
+    broken = []
+    for link in read(page).links:
+        if re.match(r"[a-z]+:|//", link):
+            continue
+        target, anchor = urldefrag(urljoin(f"/{page}", link))
+        target = unquote(target.split("?")[0]).lstrip("/")
+        if target.endswith("/") or not target:
+            target += "index.html"
+        if not (SITE / target).is_file() or (
+            anchor
+            and target.endswith(".html")
+            and unquote(anchor) not in read(target).ids
+        ):
+            broken.append(link)
+    assert broken == []
+
+
+@each_page
+def test_ids_are_unique(page):
+    ids = read(page).ids
+    assert sorted({i for i in ids if ids.count(i) > 1}) == []
+
+
+@each_page
+def test_images_have_alt_text(page):
+    for image in read(page).images:
+        alt = image.get("alt", "").strip()
+        # Without alt text of its own a figure gets its file name.
+        named = re.search(r"\.(svg|png|jpe?g|gif)$|/", alt)
+        assert alt and not named, f"{image.get('src')} says {alt!r}"  # noqa: PT018
+
+
+# ------------------------------------------------------------ in the browser
+
+
+@pytest.fixture(scope="session")
+def address():
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Quiet, directory=SITE)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        found = next(filter(None, map(shutil.which, BROWSERS)), None)
+        own = playwright.chromium.executable_path
+        path = found or (own if Path(own).exists() else None)
+        if path is None:
+            refuse("no Chromium; install the package `chromium`")
+        root = hasattr(os, "geteuid") and os.geteuid() == 0
+        browser = playwright.chromium.launch(
+            executable_path=path,
+            # As root, as in a container, Chromium starts only without.
+            args=["--no-sandbox"] if root else [],
+        )
+        yield browser
+        browser.close()
+
+
+UNFOLD = """() => {
+  document.querySelectorAll("main details").forEach(d => d.open = true);
+  document.querySelectorAll("main .toggle-button").forEach(b => b.click());
+}"""
+
+# Text against its background, for what a reader reads. Elements without a
+# background of their own show their ancestor's.
+FAINT_TEXT = """() => {
+  const luminance = ([r, g, b]) => {
+    const f = [r, g, b].map(v => v / 255)
+      .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * f[0] + 0.7152 * f[1] + 0.0722 * f[2];
+  };
+  const colour = s => (s.match(/[\\d.]+/g) || []).map(Number);
+  const behind = e => {
+    for (; e; e = e.parentElement) {
+      const c = colour(getComputedStyle(e).backgroundColor);
+      if (c.length === 3 || c[3] === 1) return c.slice(0, 3);
+    }
+    return [255, 255, 255];
+  };
+  const faint = [];
+  for (const e of document.querySelectorAll("main *")) {
+    const own = [...e.childNodes].some(
+      n => n.nodeType === 3 && n.textContent.trim());
+    // The anchors beside headings appear only under the pointer.
+    if (!own || !e.checkVisibility() || e.matches(".headerlink")) continue;
+    const ink = luminance(colour(getComputedStyle(e).color));
+    const paper = luminance(behind(e));
+    const ratio = (Math.max(ink, paper) + 0.05) /
+      (Math.min(ink, paper) + 0.05);
+    if (ratio < 4.5)
+      faint.push(ratio.toFixed(2) + " " + e.textContent.slice(0, 40));
+  }
+  return faint;
+}"""
+
+
+@each_page
+@pytest.mark.parametrize("view", VIEWS)
+def test_page_in_chromium(page, view, browser, address):
+    size, theme = VIEWS[view]
+    context = browser.new_context(viewport=size, color_scheme=theme)
+    requests, problems = [], []
+
+    def console(message):
+        if message.type == "error":
+            problems.append(message.text)
+
+    def response(answer):
+        if answer.status >= 400:
+            problems.append(f"{answer.status} {answer.url}")
+
+    tab = context.new_page()
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.on("response", response)
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.on("console", console)
+    try:
+        tab.goto(address + page, wait_until="load")
+        tab.evaluate("() => window.MathJax?.startup?.promise.then(() => 0)")
+        tab.wait_for_load_state("networkidle")
+
+        # What is folded is looked at, too.
+        tab.evaluate(UNFOLD)
+
+        local = (address, "data:", "blob:", "about:")
+        assert [url for url in requests if not url.startswith(local)] == []
+        assert problems == []
+
+        formulas = tab.locator("main .math").count()
+        rendered = tab.locator("main mjx-container").count()
+        assert rendered >= formulas, "formulas that were not rendered"
+        # MathJax writes an unknown macro in red and calls it no error.
+        bad = "mjx-merror, mjx-container [style*='color: red']"
+        assert tab.locator(bad).all_inner_texts() == [], "broken TeX"
+
+        shown = tab.evaluate("document.documentElement.dataset.theme")
+        assert shown == theme
+        width = tab.evaluate("document.documentElement.scrollWidth")
+        assert width <= size["width"], "the page is wider than the screen"
+        assert tab.evaluate(FAINT_TEXT) == [], "contrast below 4.5"
+    finally:
+        context.close()
+
+
+@pytest.mark.skipif(not PAGES, reason="the book is not built")
+def test_the_search_finds_softmax(browser, address):
+    tab = browser.new_page()
+    tab.goto(f"{address}search.html?q=softmax")
+    tab.wait_for_selector("#search-results li a", timeout=20_000)
+    tab.close()

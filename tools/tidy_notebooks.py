@@ -1,0 +1,68 @@
+"""Give every notebook its one committed form.
+
+    python tools/tidy_notebooks.py [NOTEBOOK ...]
+
+No outputs, the plain ``python3`` kernel, cell ids from the chapter and a
+running number, and one way to write the JSON, so that a diff shows what an
+author changed and nothing else. JupyterLab undoes all of it when it saves:
+``make tidy`` restores it.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+METADATA = {
+    "kernelspec": {
+        "display_name": "Python 3 (ipykernel)",
+        "language": "python",
+        "name": "python3",
+    },
+    "language_info": {"name": "python"},
+}
+KEPT = ("tags", "mystnb")  # what the book reads of a cell's metadata
+
+
+def tidy(path: Path) -> bool:
+    """Rewrite one notebook if it needs it; return whether it did."""
+    before = path.read_text(encoding="utf-8")
+    notebook = json.loads(before)
+    number = path.stem.split("_")[0]
+    cells = []
+    for old in notebook["cells"]:
+        kind = old["cell_type"]
+        source = "".join(old["source"]).strip("\n")
+        if not source.strip():
+            continue
+        metadata = {
+            k: old["metadata"][k] for k in KEPT if k in old["metadata"]
+        }
+        cell = {"cell_type": kind, "id": "", "metadata": metadata}
+        if kind == "code":
+            cell |= {"execution_count": None, "outputs": []}
+        cell["source"] = source.splitlines(keepends=True)
+        cells.append(cell)
+    for i, cell in enumerate(cells, start=1):
+        cell["id"] = f"{number}-{i:03d}"
+        if cell["cell_type"] == "code":  # the order in which Jupyter writes
+            order = ("cell_type", "execution_count", "id", "metadata")
+            order += ("outputs", "source")
+            cells[i - 1] = {key: cell[key] for key in order}
+    notebook = {
+        "cells": cells,
+        "metadata": METADATA,
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+    after = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    if after != before:
+        path.write_text(after, encoding="utf-8")
+    return after != before
+
+
+if __name__ == "__main__":
+    chosen = [Path(name) for name in sys.argv[1:]]
+    for path in chosen or sorted((ROOT / "chapters").glob("*.ipynb")):
+        if tidy(path):
+            print(f"tidied {path.name}")
