@@ -168,10 +168,10 @@ def _status(field: str) -> int:
 
 
 def digits(value: float) -> str:
-    """Two or three significant digits, without an exponent."""
+    """About three significant digits, without an exponent."""
     if value >= 100:
         return f"{value:,.0f}"
-    return f"{value:.3g}" if value >= 10 else f"{value:.2g}"
+    return f"{value:.2f}" if 1 <= value < 10 else f"{value:.3g}"
 
 
 def seconds(value: float) -> str:
