@@ -338,13 +338,17 @@ def composite(name, x, mask, dim, temperature):
         if name == "logsumexp":
             return x.new_full(LogSumExp.result_shape(x, dim), -math.inf)
         return x.clone()
-    index = z.detach().argmax(dim, keepdim=True)
-    top = z.gather(dim, index)
-    # Not detached: the largest entry is in no other term of log_rest.
-    shift, infinite = top, top.isinf()
+    if name == "softmax":
+        # Constant in the derivatives: they do not depend on the shift.
+        index, top = None, z.detach().amax(dim, keepdim=True)
+    else:
+        # Not constant: the largest entry is in no other term of log_rest.
+        index = z.detach().argmax(dim, keepdim=True)
+        top = z.gather(dim, index)
+    shift = top
     if mask is not None:
         # A fully masked row has no weight instead of NaN weights.
-        shift = torch.where(mask.any(dim, keepdim=True), shift, 0)
+        shift = torch.where(mask.any(dim, keepdim=True), top, 0)
     high = z - shift
     if temperature == 0:
         high = torch.where(high < 0, -math.inf, high)
@@ -353,18 +357,20 @@ def composite(name, x, mask, dim, temperature):
     elif temperature != 1:
         high = high / temperature
     weights = torch.exp(high)
+    if name == "softmax":
+        value = weights / weights.sum(dim, keepdim=True)
+        return _finish(value, mask, 0.0, x.dtype)
     classes = torch.arange(x.shape[dim], device=x.device)
     classes = classes.view([-1 if d == dim else 1 for d in range(x.ndim)])
     # NaN where the largest logit is infinite.
     rest = torch.where(classes == index, shift - shift, weights)
     log_rest = torch.log1p(rest.sum(dim, keepdim=True))
-    if name == "softmax":
-        value, masked = weights / weights.sum(dim, keepdim=True), 0.0
-    elif name == "log_softmax":
-        value, masked = high - log_rest, -math.inf
-    else:
-        value = torch.where(infinite, top, shift + log_rest)
-        return value.to(x.dtype)
+    if name == "log_softmax":
+        return _finish(high - log_rest, mask, -math.inf, x.dtype)
+    return torch.where(top.isinf(), top, shift + log_rest).to(x.dtype)
+
+
+def _finish(value, mask, masked, dtype):
     if mask is not None:
         value = value.masked_fill(~mask, masked)
-    return value.to(x.dtype)
+    return value.to(dtype)

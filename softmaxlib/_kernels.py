@@ -19,10 +19,11 @@ from torch import Tensor
 
 from softmaxlib import _doubledouble
 
-# Elements of a tile: 2**18 float64 numbers (2 MiB) stay in cache; the
-# compensated arithmetic holds four buffers of a quarter of that. Longer rows
-# are computed twice, for the sum and for the values, rather than held.
-_TILE = 2**18
+# Elements of a tile: 2**18 float64 numbers (2 MiB) stay in cache. A longer
+# row is held whole up to 2**20 (8 MiB); beyond, it is computed twice, for
+# the sum and for the values. The compensated arithmetic, which holds four
+# buffers, takes a quarter of both.
+_TILE, _ROW = 2**18, 2**20
 # Below this size the Python around a tile costs more than the arithmetic.
 _SMALL = 2**12
 # Columns of a tile over a strided dimension: at least a cache line.
@@ -102,6 +103,7 @@ class Tile:
         self.chunks, self.scratch = chunks, scratch
         self.compensated = compensates(x.dtype, x.device)
         self.whole = len(chunks) == 1
+        self.slope = math.log2(math.e) * inverse(temperature)
 
     def select(self, rows: Tensor) -> "Tile":
         """The rows where the boolean `rows` (outer, inner) is True."""
@@ -141,7 +143,7 @@ class Tile:
             z *= inverse(self.temperature)
         return z, None
 
-    def weights(self, chunk: slice, top: Tensor, total=None) -> Tensor:
+    def weights(self, chunk, top, total=None, offset=None) -> Tensor:
         """exp((z - top) / T), over `total` if given ("logits" or "high")."""
         if self.compensated:
             high, low = self.exponent(chunk, top)
@@ -150,37 +152,45 @@ class Tile:
             return weights if total is None else weights.div_(total)
         # exp2 is several times faster than exp. Rounding the exponent costs
         # 2**-45 relative where the result is above 1e-45.
-        z = self.logits(chunk)
-        slope = math.log2(math.e) * inverse(self.temperature)
-        if not self.whole:
-            # One pass instead of three, where the offset is moderate.
-            offset = top * -slope
-            if total is not None:
-                offset -= total.log2()
-            if (offset.abs() < _MODERATE).all():
-                return torch.add(offset, z, alpha=slope, out=z).exp2_()
+        z, slope = self.logits(chunk), self.slope
+        if offset is not None:
+            return torch.add(offset, z, alpha=slope, out=z).exp2_()
         weights = z.sub_(top).mul_(slope).exp2_()
         return weights if total is None else weights.div_(total)
 
-    def total(self, top: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Sum of the weights; and the weights, if the row is held whole."""
-        if self.compensated:
-            rest, weights = self.rest(top)
-            return rest + 1, weights
-        sums = []
-        for chunk in self.chunks:
-            weights = self.weights(chunk, top)
-            sums.append(weights.sum(-1, keepdim=True))
-        return add_up(sums), weights if self.whole else None
+    def offset(self, top: Tensor, total=None) -> Tensor | None:
+        """What, added to slope * z, is the base-2 exponent of the weights.
 
-    def rest(self, top: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Like `total`, without the largest weight, which is one.
+        One pass instead of three over the chunks of a long row. None where
+        the row is held whole, or so far from zero that adding would cost
+        accuracy.
+        """
+        if self.whole or self.compensated:
+            return None
+        offset = top * -self.slope
+        if total is not None:
+            offset -= total.log2()
+        return offset if (offset.abs() < _MODERATE).all() else None
+
+    def total(self, top: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the weights, and the weights of the last chunk."""
+        if self.compensated:
+            rest, weights = self._rest_apart(top)
+            return rest + 1, weights
+        sums, offset = [], self.offset(top)
+        for chunk in self.chunks:
+            weights = self.weights(chunk, top, offset=offset)
+            sums.append(weights.sum(-1, keepdim=True))
+        return add_up(sums), weights
+
+    def rest(self, top: Tensor) -> Tensor:
+        """Sum of the weights without the largest, which is one.
 
         The logarithm of 1 + rest is then log1p(rest), right even where the
         rest is far below the spacing of numbers near one.
         """
         if self.compensated:
-            return self._rest_apart(top)
+            return self._rest_apart(top)[0]
         total, weights = self.total(top)
         rest = total - 1
         confident = (rest < _CONFIDENT).squeeze(-1)
@@ -200,7 +210,7 @@ class Tile:
                     for p in parts
                 ]
             )
-        return rest, weights
+        return rest
 
     def _rest_apart(self, top):
         index = self.argmax(top)
@@ -210,11 +220,8 @@ class Tile:
             sums.append(_sum_without(weights, index - chunk.start))
         # Both the sum and the weight left out are NaN if top is infinite.
         nan = top - top
-        rest = add_up(sums).add_(nan)
-        if not self.whole:
-            return rest, None
-        _put(weights, index, 1 + nan)
-        return rest, weights
+        _put(weights, index - chunk.start, 1 + nan)
+        return add_up(sums).add_(nan), weights
 
     def argmax(self, top: Tensor) -> Tensor:
         """Index of one of the largest logits in each row."""
@@ -358,11 +365,11 @@ def tiles(
     mask = None if mask is None else as_rows(mask, dim)
     others = [as_rows(other, dim) for other in others]
     outer, inner, classes = x.shape
-    size = _TILE * torch.get_num_threads()
+    size, longest = _TILE * torch.get_num_threads(), _ROW
     if compensates(x.dtype, x.device):
-        size //= 4
+        size, longest = size // 4, longest // 4
     lanes = min(inner, max(size // classes // _LANES, 1) * _LANES)
-    chunk = min(classes, size // lanes)
+    chunk = min(classes, max(size, longest) // lanes)
     rows = max(1, size // (classes * lanes))
     chunks = [
         slice(k, min(k + chunk, classes)) for k in range(0, classes, chunk)
@@ -438,13 +445,15 @@ def softmax(x, mask, dim, temperature, out, isolate=False):
         total, weights = tile.total(top)
         if isolate:
             total.masked_fill_(top == math.inf, 1)
-        for chunk in tile.chunks:
-            if not tile.whole:
-                weights = tile.weights(chunk, top, total)
-            elif tile.compensated:
-                weights /= total
-            else:
-                weights *= total.reciprocal()
+        offset = tile.offset(top, total)
+        # The weights of the last chunk are still there.
+        if tile.compensated:
+            weights /= total
+        else:
+            weights *= total.reciprocal()
+        tile.write(target, tile.chunks[-1], weights, 0.0)
+        for chunk in tile.chunks[:-1]:
+            weights = tile.weights(chunk, top, total, offset)
             tile.write(target, chunk, weights, 0.0)
 
 
@@ -461,7 +470,7 @@ def log_softmax(x, mask, dim, temperature, out):
         return
     for tile, target in tiles(x, mask, dim, temperature, out):
         top = tile.top()
-        log_total = tile.rest(top)[0].log1p_()
+        log_total = tile.rest(top).log1p_()
         for chunk in tile.chunks:
             high, low = tile.exponent(chunk, top)
             high -= log_total if low is None else log_total - low
@@ -486,7 +495,7 @@ def logsumexp(x, mask, dim, temperature, out):
         # An infinite maximum is its own log-sum-exp, and inf - inf is not.
         infinite = top.isinf()
         shift = top.masked_fill(infinite, 0)
-        log_rest = tile.rest(shift)[0].log1p_()
+        log_rest = tile.rest(shift).log1p_()
         value = torch.where(infinite, top, shift + log_rest)
         if not tile.compensated:
             cancelled = _has_cancelled(value, shift, log_rest).squeeze(-1)
@@ -534,7 +543,7 @@ def log_softmax_vjp(x, v, mask, dim, temperature, out):
     for tile, target, part in tiles(x, mask, dim, temperature, out, v):
         top = tile.top()
         index = tile.argmax(top)
-        rest, _ = tile.rest(top)
+        rest = tile.rest(top)
         largest = tile.centre(part, index)
         sums = []
         for chunk in tile.chunks:

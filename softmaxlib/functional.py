@@ -71,8 +71,8 @@ def softmax(
     format runs instead (halves in float32), whose error grows with the range
     of the logits, as that of ``torch.softmax`` does.
 
-    Complexity: O(n) time for n entries; besides the output a constant block
-    of 2 MiB per thread, never a float64 copy of the input.
+    Complexity: O(n) time for n entries; besides the output a block of 2 MiB
+    a thread, or 8 MiB if that is more, never a float64 copy of the input.
 
     Example:
         >>> import torch

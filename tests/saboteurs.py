@@ -25,14 +25,20 @@ def _replace_kernel(patch, function, kernel):
     patch.setattr(function, "kernel", staticmethod(kernel))
 
 
-def _plain_rest(tile, top):
-    """Total minus one, where the library leaves the largest out."""
+def _plain_total(tile, top):
+    """The sum of all weights, where the library leaves the largest out."""
     sums = []
     for chunk in tile.chunks:
         weights = tile.weights(chunk, top)
         sums.append(weights.sum(-1, keepdim=True))
-    rest = _kernels.add_up(sums) - 1
-    return rest, weights if tile.whole else None
+    return _kernels.add_up(sums), weights
+
+
+def _shift_by(patch, shift):
+    """Use another shift than the largest logit of the row."""
+    patch.setattr(Tile, "top", shift)
+    patch.setattr(Tile, "total", _plain_total)
+    patch.setattr(Tile, "rest", lambda t, top: t.total(top)[0] - 1)
 
 
 @saboteur
@@ -48,16 +54,14 @@ def subtract_the_minimum(patch):
         low = torch.cat(lows, -1).amin(-1, keepdim=True)
         return low + 0 * top(tile)
 
-    patch.setattr(Tile, "top", smallest)
-    patch.setattr(Tile, "rest", _plain_rest)
+    _shift_by(patch, smallest)
 
 
 @saboteur
 def subtract_the_global_maximum(patch):
     """Shifts every row by the largest logit of the whole batch."""
     top = Tile.top
-    patch.setattr(Tile, "top", lambda t: 0 * top(t) + top(t).amax())
-    patch.setattr(Tile, "rest", _plain_rest)
+    _shift_by(patch, lambda t: 0 * top(t) + top(t).amax())
 
 
 @saboteur
@@ -92,12 +96,8 @@ def eps_in_the_denominator(patch):
         value, weights = total(tile, top)
         return value + 1e-8, weights
 
-    def padded_rest(tile, top):
-        value, weights = rest(tile, top)
-        return value + 1e-8, weights
-
     patch.setattr(Tile, "total", padded)
-    patch.setattr(Tile, "rest", padded_rest)
+    patch.setattr(Tile, "rest", lambda tile, top: rest(tile, top) + 1e-8)
 
 
 @saboteur

@@ -23,6 +23,7 @@ def rand(*shape, seed=0):
 def small_tiles(monkeypatch):
     """Tiles of 64 elements, so that small tensors are cut everywhere."""
     monkeypatch.setattr(_kernels, "_TILE", 64)
+    monkeypatch.setattr(_kernels, "_ROW", 64)
     monkeypatch.setattr(_kernels, "_SMALL", 0)
 
 
@@ -52,7 +53,7 @@ def test_tiles_do_not_show(shape, dtype, masked):
             options = {"mask": mask, "temperature": t, "shape": out_shape}
             got = compute(kernel, x, dim, **options)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(_kernels, "_TILE", 2**18)
+                patch.setattr(_kernels, "_TILE", 2**20)
                 whole = compute(kernel, x, dim, **options)
             # Chunked sums are rounded in another order.
             slack = {F64: 4e-15}.get(dtype, torch.finfo(dtype).eps)
@@ -63,7 +64,7 @@ def test_tiles_do_not_show(shape, dtype, masked):
         for kernel in (_kernels.softmax_vjp, _kernels.log_softmax_vjp):
             y = _softmax(x, dim) if kernel is _kernels.softmax_vjp else x
             results = []
-            for tile in (64, 2**18):
+            for tile in (64, 2**20):
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(_kernels, "_TILE", tile)
                     out = torch.empty(shape, dtype=dtype)
