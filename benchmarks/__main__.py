@@ -1,15 +1,19 @@
-"""Run every benchmark and write benchmarks/report.md: `make bench`."""
+"""Run every benchmark; write the report and the tables of the README."""
 
 import importlib
 import pathlib
 import platform
+import re
 import sys
 import time
 
 import torch
 
-PARTS = ("accuracy", "functional")
+from benchmarks.measure import SUMMARY
+
+PARTS = ("accuracy", "functional", "derivatives", "sampling")
 REPORT = pathlib.Path(__file__).with_name("report.md")
+README = REPORT.parent.parent / "README.md"
 
 INTRODUCTION = """\
 # Benchmarks
@@ -53,6 +57,17 @@ def main(chosen: list[str]) -> None:
         print(text)
         return
     REPORT.write_text(text, encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
+    for name, summary in SUMMARY.items():
+        place = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
+        readme, found = re.subn(
+            place,
+            lambda m, new=summary: f"{m[1]}\n{new}\n{m[2]}",
+            readme,
+            flags=re.DOTALL,
+        )
+        assert found == 1, f"README.md has {found} places for {name}"
+    README.write_text(readme, encoding="utf-8")
     print(f"Next: read benchmarks/{REPORT.name}")
 
 

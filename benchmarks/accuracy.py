@@ -8,7 +8,7 @@ import scipy.special
 import torch
 
 import softmaxlib
-from benchmarks.measure import table
+from benchmarks.measure import SUMMARY, table
 from softmaxlib.testing import oracle, ulp_error
 
 FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -126,6 +126,7 @@ def report() -> str:
         for name in NAMES
         for dtype in FORMATS
     ]
+    SUMMARY["accuracy"] = table(["function", "format", *LIBRARIES], rows)
     return "\n\n".join(
         [
             "## Accuracy",
@@ -133,8 +134,9 @@ def report() -> str:
             "over normal, wide (±1000), dominant, tied, nearly tied, offset "
             f"and extreme-tail rows of {SIZES[0]} to {SIZES[-1]:,} classes. "
             "For log-sum-exp in float64 an ulp is that of the largest of "
-            "|LSE|, |max z| and log K. SciPy knows no bfloat16.",
-            table(["function", "format", *LIBRARIES], rows),
+            "|LSE|, |max z| and log K. SciPy knows no bfloat16; inf "
+            "stands for an infinity or NaN where a number belongs.",
+            SUMMARY["accuracy"],
         ]
     )
 

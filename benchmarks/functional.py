@@ -3,7 +3,14 @@
 import torch
 
 import softmaxlib
-from benchmarks.measure import mebibytes, paired, peak_memory, table
+from benchmarks.measure import (
+    SUMMARY,
+    digits,
+    mebibytes,
+    paired,
+    peak_memory,
+    table,
+)
 
 SHAPES = [
     (1, 10),
@@ -62,19 +69,21 @@ def backward(name, x, dim):
 
 
 def forward_table():
-    rows = []
+    rows, short = [], []
     shapes = [(s, 1) for s in SHAPES] + [(s, 0) for s in STRIDED]
     for shape, dim in shapes:
         x = randn(shape)
-        row = [f"{shape[0]:,} × {shape[1]:,}", dim]
-        for name in NAMES:
-            for out in (True, False):
-                row.append(
-                    forward(name, x, dim, ours_out=out, peer_out=out)
-                )
-        rows.append(row)
+        ratios = [
+            forward(name, x, dim, ours_out=out, peer_out=out)
+            for name in NAMES
+            for out in (True, False)
+        ]
+        title = f"{shape[0]:,} × {shape[1]:,}"
+        rows.append([title, dim, *ratios])
+        short.append([title, dim, *(digits(r.median) for r in ratios)])
     header = ["shape", "dim"]
     header += [f"{n}{o}" for n in NAMES for o in (", `out=`", "")]
+    SUMMARY["speed"] = table(header, short)
     return table(header, rows)
 
 

@@ -19,6 +19,9 @@ from pathlib import Path
 
 import torch
 
+# Tables for the README, by the name of their place in it.
+SUMMARY = {}
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -24,7 +24,7 @@ def f64(*values):
 
 def randn(*shape, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=dtype)
+    return torch.randn(shape, generator=generator, dtype=dtype)
 
 
 def delta(*indices):
@@ -64,10 +64,11 @@ def relative_error(computed, true):
     return worst
 
 
-def matches(ours, theirs, bound=1e-12):
-    """To 1e-12 of the largest entry."""
+def matches(ours, theirs, bound=1e-12, scale=None):
+    """To 1e-12 of the largest entry, or of what summed up to it."""
     assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() <= bound * theirs.abs().max()
+    scale = theirs if scale is None else scale
+    assert (ours - theirs).abs().max() <= bound * scale.abs().max()
 
 
 # --- values --------------------------------------------------------------
@@ -107,9 +108,12 @@ def test_products_keep_their_digits_at_every_gap(gap):
     assert relative_error(d.logsumexp_hvp(z, v, 0), jvp) <= 1e-13
     assert relative_error(d.softmax_hvp(z, u, v, 0), hvp) <= 1e-13
     assert relative_error(d.softmax_hvp(z, v, u, 0), hvp) <= 1e-13
-    # What is lost without the shift, which is allowed: J 1 = 0.
-    shifted = d.softmax_hvp(z, u + 1e3, v - 1e3, 0)
-    assert relative_error(shifted, hvp) <= 1e-9
+    if gap > 1:
+        # A confident row forgives any constant: J 1 = 0.
+        far = 2.0**20
+        shifted = d.softmax_hvp(z, u + far, v - far, 0)
+        assert relative_error(shifted, hvp) <= 1e-13
+        assert relative_error(d.softmax_jvp(z, v + far, 0), jvp) <= 1e-13
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
@@ -144,7 +148,8 @@ def test_dense_derivatives_match_the_oracle_everywhere(z):
                 function(z, 0).flatten().tolist(), true, strict=True
             )
         )
-        assert worst <= 1e-12 * largest
+        # 1 - 2 p rounds by 1e-16 where p is near 1/2.
+        assert worst <= 1e-12 * largest + 1e-16
 
 
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
@@ -167,15 +172,17 @@ def test_agreement_with_torch_func(classes, temperature):
     matches(d.softmax_jacobian(z, 0, **t), jacobian)
     matches(d.log_softmax_jacobian(z, 0, **t), func.jacrev(log_softmax)(z))
     matches(d.softmax_hessian(z, 0, **t), hessian)
-    matches(d.softmax_jvp(z, v, 0, **t), jacobian @ v)
-    matches(d.softmax_vjp(z, v, 0, **t), v @ jacobian)
+    terms = jacobian.abs() @ v.abs()
+    matches(d.softmax_jvp(z, v, 0, **t), jacobian @ v, scale=terms)
+    matches(d.softmax_vjp(z, v, 0, **t), v @ jacobian, scale=terms)
     matches(
         d.softmax_hvp(z, u, v, 0, **t),
         torch.einsum("ijk,i,j->k", hessian, u, v),
+        scale=torch.einsum("ijk,i,j->k", hessian.abs(), u.abs(), v.abs()),
     )
     logsumexp = func.hessian(lambda z: torch.logsumexp(z, 0))(z)
     matches(d.logsumexp_hessian(z, 0), logsumexp)
-    matches(d.logsumexp_hvp(z, v, 0), logsumexp @ v)
+    matches(d.logsumexp_hvp(z, v, 0), logsumexp @ v, scale=logsumexp)
 
 
 def test_hessian_against_finite_differences_of_the_jacobian():
@@ -291,11 +298,15 @@ def test_large_inputs_go_by_blocks(dtype):
         matches(got[1], (p * away(v.double())).to(dtype), bound)
 
 
-def test_a_long_float32_row_does_not_drift():
-    z = torch.zeros(200_000)
-    v = randn(200_000, dtype=torch.float32)
+def test_long_float32_rows_do_not_drift():
+    # The product of the deviations is one nearly throughout, so that its
+    # mean cancels it: a running sum over a strided dimension would show.
+    z = randn(100_000, 16, dtype=torch.float32) / 10
+    v = torch.ones_like(z)
+    v[::2] = -1
     true = d.softmax_hvp(z.double(), v.double(), v.double(), 0)
-    matches(d.softmax_hvp(z, v, v, 0), true.float(), 2e-6)
+    error = (d.softmax_hvp(z, v, v, 0) - true) / torch.softmax(z, 0)
+    assert error.abs().max() <= 5e-7
 
 
 def test_strides_and_inputs_untouched():
