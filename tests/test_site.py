@@ -6,6 +6,7 @@ in the light and on a desktop in the dark. Build the book first: `make book`.
 
 import functools
 import http.server
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,9 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
+import torch
+
+from softmaxlib import softmax
 
 SITE = Path(__file__).resolve().parent.parent / "_build" / "html"
 PAGES = sorted(
@@ -237,4 +241,41 @@ def test_the_search_finds_softmax(browser, address):
     tab = browser.new_page()
     tab.goto(f"{address}search.html?q=softmax")
     tab.wait_for_selector("#search-results li a", timeout=20_000)
+    tab.close()
+
+
+@pytest.mark.skipif(not PAGES, reason="the book is not built")
+@pytest.mark.parametrize(
+    ("logits", "exponent"),
+    [
+        ((1, 2, 3), 0),
+        ((-5, 5, 0.3), -1.3),
+        ((0, 0, 0), 1.3),
+        ((2, 2, -1), 1),
+    ],
+)
+def test_the_first_figure_computes_softmax(
+    logits, exponent, browser, address
+):
+    tab = browser.new_page()
+    tab.goto(f"{address}index.html")
+    names = [f"#logit-{k}" for k in (1, 2, 3)] + ["#temperature"]
+    for name, value in zip(names, (*logits, exponent), strict=True):
+        tab.locator(name).evaluate(
+            "(input, value) => { input.value = value;"
+            "input.dispatchEvent(new Event('input')); }",
+            value,
+        )
+    figure = tab.locator("#softmax-figure")
+    shown = json.loads(figure.get_attribute("data-p"))
+    z = torch.tensor(logits, dtype=torch.float64)
+    p = softmax(z, 0, temperature=10.0**exponent)
+    # Exponents of up to 200, rounded once more in the browser.
+    assert shown == pytest.approx(p.tolist(), rel=1e-13)
+    said = tab.locator("#softmax-said").inner_text()
+    assert f"probability {p.max():.3f}" in said
+    # The keyboard moves it, too.
+    tab.locator("#logit-1").focus()
+    tab.keyboard.press("ArrowRight")
+    assert json.loads(figure.get_attribute("data-p")) != shown
     tab.close()
