@@ -18,6 +18,8 @@ README = REPORT.parent.parent / "README.md"
 INTRODUCTION = """\
 # Benchmarks
 
+<!-- report -->
+
 Written by `make bench`; the numbers are those of one run on one machine:
 {machine}.
 

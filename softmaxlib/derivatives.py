@@ -543,9 +543,9 @@ def _square(x: Tensor, dim: int, power: int) -> Tensor:
 
 def _finite(p: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """p times the scale, at most the largest number: inf * 0 is NaN."""
-    if scale != 1:
-        p = p * scale
-    return p.clamp(max=torch.finfo(dtype).max).to(dtype)
+    if scale == 1:
+        return _cast(p, dtype)
+    return (p * scale).clamp(max=torch.finfo(dtype).max).to(dtype)
 
 
 def _write_jacobian(x, dim, temperature):
@@ -557,7 +557,9 @@ def _write_jacobian(x, dim, temperature):
     # The scale in equal parts, so that the result is exactly symmetric.
     factor = _finite(p, math.sqrt(scale), x.dtype)
     torch.mul(-factor.unsqueeze(-1), factor.unsqueeze(-2), out=out)
-    diagonal = (p * _complement(p)).mul_(scale)
+    diagonal = p * _complement(p)
+    if scale != 1:
+        diagonal *= scale
     out.diagonal(0, -2, -1).copy_(diagonal)
     return out
 
@@ -580,9 +582,10 @@ def _write_hessian(x, dim, temperature):
         return out
     scale = _kernels.slope(temperature)
     p = _last(_probabilities(x, dim, temperature), dim)
-    part = p if scale == 1 else p * math.cbrt(scale) ** 2
+    share = math.cbrt(scale) ** 2
+    part = p * share
     pair = _finite(part.unsqueeze(-1) * part.unsqueeze(-2), 2, x.dtype)
-    third = _finite(part, 1, x.dtype)
+    third = _finite(p, share, x.dtype)
     torch.mul(pair.unsqueeze(-1), third[..., None, None, :], out=out)
     q = _complement(p)
     # T_iik = T_iki = T_kii = p_k p_i (p_i - q_i) where k differs from i.

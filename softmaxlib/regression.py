@@ -34,8 +34,8 @@ __all__ = [
     "weight_hvp",
 ]
 
-# Entries of the logits of a block of samples: 8 MiB in float32.
-_BLOCK = 2**21
+# Entries of the logits of a block of samples: 4 MiB in float32.
+_BLOCK = 2**20
 
 
 def weight_gradient(
@@ -84,7 +84,7 @@ def weight_gradient(
     and rounded once.
 
     Complexity: O(N D K) time, in two matrix products; besides the result a
-    few blocks of 8 MiB. Where autograd or ``torch.func`` follows, plain
+    few blocks of 4 MiB. Where autograd or ``torch.func`` follows, plain
     differentiable operations run instead, on all samples at once.
 
     Example:
@@ -220,7 +220,7 @@ def weight_hessian(
 
     Accuracy: as :func:`weight_gradient`.
 
-    Complexity: O(N K\ :sup:`2` D\ :sup:`2`) time, a block of 8 MiB besides
+    Complexity: O(N K\ :sup:`2` D\ :sup:`2`) time, a block of 4 MiB besides
     the result.
 
     Example:
@@ -264,8 +264,8 @@ class SoftmaxRegression(nn.Module):
 
     The model is :math:`\operatorname{softmax}(W x + b)`. :meth:`fit`
     minimises the mean cross-entropy plus :math:`\frac{\lambda}{2}
-    \|W\|^2`, which for :math:`\lambda > 0` has one minimiser, up to a
-    constant added to all biases. Each Newton step is solved by conjugate
+    \|W\|^2`, which for :math:`\lambda > 0` and if every class occurs has
+    one minimiser, up to a constant added to all biases. Each Newton step is solved by conjugate
     gradients with :func:`weight_hvp`, so that no Hessian is formed, and
     followed by a backtracking line search.
 

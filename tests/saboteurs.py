@@ -9,7 +9,13 @@ import math
 
 import torch
 
-from softmaxlib import _arguments, _functions, _kernels, functional
+from softmaxlib import (
+    _arguments,
+    _functions,
+    _kernels,
+    derivatives,
+    functional,
+)
 from softmaxlib._kernels import Tile
 
 SABOTEURS = {}
@@ -222,3 +228,145 @@ def divides_before_shifting(patch):
             right(x / temperature, mask, dim, 1.0, out)
 
         _replace_kernel(patch, functional._FUNCTIONS[name], kernel)
+
+
+# --- derivatives ---------------------------------------------------------
+
+
+def _patch_jacobian(patch, change):
+    """Pass the Jacobian through `change(J, p, dim, 1 / T)`."""
+    right = derivatives.SoftmaxJacobian.write
+
+    def write(x, dim, temperature):
+        p = derivatives._probabilities(x, dim, temperature).movedim(dim, -1)
+        jacobian = right(x, dim, temperature)
+        scale = _kernels.slope(temperature)
+        return change(jacobian, p, dim, scale).to(x.dtype)
+
+    patch.setattr(derivatives.SoftmaxJacobian, "write", staticmethod(write))
+
+
+def _patch_product(patch, product):
+    """Let JVP and VJP be `product(p, v, dim)` over T."""
+
+    def rows(x, v, dim, temperature):
+        p = derivatives._probabilities(x, dim, temperature)
+        result = product(p, v.to(p.dtype), dim)
+        return (result * _kernels.slope(temperature)).to(x.dtype)
+
+    patch.setattr(derivatives.SoftmaxJVP, "rows", staticmethod(rows))
+
+
+@saboteur
+def jacobian_wrong_sign(patch):
+    """Jacobian with + p_i p_j off the diagonal."""
+
+    def change(jacobian, p, dim, scale):
+        diagonal = torch.diag_embed(jacobian.diagonal(0, -2, -1))
+        return 2 * diagonal - jacobian
+
+    _patch_jacobian(patch, change)
+
+
+@saboteur
+def jacobian_missing_delta(patch):
+    """Jacobian with - p_i p_j on the diagonal, too."""
+
+    def change(jacobian, p, dim, scale):
+        return jacobian - torch.diag_embed(p * scale)
+
+    _patch_jacobian(patch, change)
+
+
+@saboteur
+def jacobian_of_a_sigmoid(patch):
+    """Jacobian with nothing off the diagonal."""
+
+    def change(jacobian, p, dim, scale):
+        return torch.diag_embed(jacobian.diagonal(0, -2, -1))
+
+    _patch_jacobian(patch, change)
+
+
+@saboteur
+def jacobian_squeezed(patch):
+    """Drops the axes of length 1 of the Jacobian."""
+    _patch_jacobian(patch, lambda jacobian, *_: jacobian.squeeze())
+
+
+@saboteur
+def jacobian_along_the_last_axis(patch):
+    """Takes the last axis for the classes, whatever `dim` says."""
+
+    def change(jacobian, p, dim, scale):
+        s = p.movedim(-1, dim)
+        outer = s.unsqueeze(-1) * s.unsqueeze(-2)
+        return (torch.diag_embed(s) - outer) * scale
+
+    _patch_jacobian(patch, change)
+
+
+@saboteur
+def jacobian_subtracts_from_one(patch):
+    """Computes the diagonal as p (1 - p), which cancels near p = 1."""
+
+    def change(jacobian, p, dim, scale):
+        jacobian = jacobian.clone()
+        jacobian.diagonal(0, -2, -1).copy_(p * (1 - p) * scale)
+        return jacobian
+
+    _patch_jacobian(patch, change)
+
+
+@saboteur
+def derivatives_forget_the_temperature(patch):
+    """Leaves out the 1/T of every derivative."""
+    patch.setattr(_kernels, "slope", lambda temperature: 1.0)
+
+
+@saboteur
+def products_are_not_centred(patch):
+    """JVP and VJP as p v - p (p . v): the tail cancels."""
+
+    def product(p, v, dim):
+        return p * v - p * (p * v).sum(dim, keepdim=True)
+
+    _patch_product(patch, product)
+
+
+@saboteur
+def products_with_the_plain_mean(patch):
+    """JVP and VJP with the mean of v in place of the mean under p."""
+    _patch_product(patch, lambda p, v, dim: p * (v - v.mean(dim, True)))
+
+
+@saboteur
+def products_entry_by_entry(patch):
+    """JVP and VJP as p (1 - p) v, as for the logistic function."""
+    _patch_product(patch, lambda p, v, dim: p * (1 - p) * v)
+
+
+@saboteur
+def products_along_the_last_axis(patch):
+    """JVP and VJP whose mean is over the last axis, whatever `dim` says."""
+
+    def product(p, v, dim):
+        v = v - v.gather(dim, p.argmax(dim, keepdim=True))
+        return p * (v - (p * v).sum(-1, keepdim=True))
+
+    _patch_product(patch, product)
+
+
+@saboteur
+def second_product_without_covariance(patch):
+    """Hessian-vector product that forgets the covariance."""
+
+    def rows(x, u, v, dim, temperature):
+        p = derivatives._probabilities(x, dim, temperature)
+        u, v = (
+            derivatives._deviation(p, t.to(p.dtype), dim) for t in (u, v)
+        )
+        scale = _kernels.slope(temperature) ** 2
+        return (p * u * v * scale).to(x.dtype)
+
+    patch.setattr(derivatives.SoftmaxHVP, "rows", staticmethod(rows))
