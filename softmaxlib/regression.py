@@ -265,9 +265,9 @@ class SoftmaxRegression(nn.Module):
     The model is :math:`\operatorname{softmax}(W x + b)`. :meth:`fit`
     minimises the mean cross-entropy plus :math:`\frac{\lambda}{2}
     \|W\|^2`, which for :math:`\lambda > 0` and if every class occurs has
-    one minimiser, up to a constant added to all biases. Each Newton step is solved by conjugate
-    gradients with :func:`weight_hvp`, so that no Hessian is formed, and
-    followed by a backtracking line search.
+    one minimiser, up to a constant added to all biases. Each Newton step is
+    solved by conjugate gradients with :func:`weight_hvp`, so that no Hessian
+    is formed, and followed by a backtracking line search.
 
     Args:
         in_features: D, the number of features.

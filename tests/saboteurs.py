@@ -2,7 +2,7 @@
 
 The chapters must notice every one of them: a check that no saboteur makes
 fail is an empty check. A saboteur is a function that takes a pytest
-`MonkeyPatch`; its docstring says what it does, as it is told in the ledger.
+`MonkeyPatch`; its docstring says what it does.
 """
 
 import math
@@ -21,9 +21,15 @@ from softmaxlib._kernels import Tile
 SABOTEURS = {}
 
 
-def saboteur(function):
-    SABOTEURS[function.__name__] = function
-    return function
+def saboteur(chapter):
+    """Register a saboteur, with the chapter that should notice it first."""
+
+    def register(function):
+        function.chapter = chapter
+        SABOTEURS[function.__name__] = function
+        return function
+
+    return register
 
 
 def _replace_kernel(patch, function, kernel):
@@ -47,7 +53,7 @@ def _shift_by(patch, shift):
     patch.setattr(Tile, "rest", lambda t, top: t.total(top)[0] - 1)
 
 
-@saboteur
+@saboteur("06_stability")
 def subtract_the_minimum(patch):
     """Shifts by the smallest logit, so that wide rows overflow."""
     top = Tile.top
@@ -63,14 +69,14 @@ def subtract_the_minimum(patch):
     _shift_by(patch, smallest)
 
 
-@saboteur
+@saboteur("06_stability")
 def subtract_the_global_maximum(patch):
     """Shifts every row by the largest logit of the whole batch."""
     top = Tile.top
     _shift_by(patch, lambda t: 0 * top(t) + top(t).amax())
 
 
-@saboteur
+@saboteur("02_definition")
 def wrong_axis(patch):
     """Normalises over the next dimension, where there is one."""
     right = _arguments.dimension
@@ -81,7 +87,7 @@ def wrong_axis(patch):
     patch.setattr(_arguments, "dimension", next_one)
 
 
-@saboteur
+@saboteur("07_temperature")
 def multiply_by_the_temperature(patch):
     """Multiplies the logits by T where it should divide."""
     right = _arguments.temperature
@@ -93,7 +99,7 @@ def multiply_by_the_temperature(patch):
     patch.setattr(_arguments, "temperature", reciprocal)
 
 
-@saboteur
+@saboteur("02_definition")
 def eps_in_the_denominator(patch):
     """Adds 1e-8 to the sum of the exponentials."""
     total, rest = Tile.total, Tile.rest
@@ -106,7 +112,7 @@ def eps_in_the_denominator(patch):
     patch.setattr(Tile, "rest", lambda tile, top: rest(tile, top) + 1e-8)
 
 
-@saboteur
+@saboteur("06_stability")
 def log_of_softmax(patch):
     """Takes the logarithm of the rounded softmax."""
 
@@ -117,7 +123,7 @@ def log_of_softmax(patch):
     _replace_kernel(patch, _functions.LogSoftmax, kernel)
 
 
-@saboteur
+@saboteur("06_stability")
 def no_promotion(patch):
     """Computes every format in that format."""
     right = _kernels.Scratch.__init__
@@ -129,7 +135,7 @@ def no_promotion(patch):
     patch.setattr(_kernels.Scratch, "__init__", same)
 
 
-@saboteur
+@saboteur("07_temperature")
 def detached_normaliser(patch):
     """Treats the denominator as a constant in the backward pass."""
 
@@ -144,7 +150,7 @@ def detached_normaliser(patch):
     _replace_kernel(patch, _functions.LogSoftmaxVJP, log_softmax_vjp)
 
 
-@saboteur
+@saboteur("03_axioms")
 def mask_after_exp(patch):
     """Zeroes masked entries after the sum, without renormalising."""
     right = Tile.logits
@@ -158,7 +164,7 @@ def mask_after_exp(patch):
     patch.setattr(Tile, "logits", unmasked)
 
 
-@saboteur
+@saboteur("02_definition")
 def writes_into_its_input(patch):
     """Shifts the logits in place, in the caller's tensor."""
     for name, function in functional._FUNCTIONS.items():
@@ -172,7 +178,7 @@ def writes_into_its_input(patch):
         _replace_kernel(patch, function, kernel)
 
 
-@saboteur
+@saboteur("02_definition")
 def divide_by_the_others(patch):
     """Leaves a class out of its own denominator: odds, not shares."""
 
@@ -183,7 +189,7 @@ def divide_by_the_others(patch):
     _replace_kernel(patch, _functions.Softmax, kernel)
 
 
-@saboteur
+@saboteur("02_definition")
 def base_two(patch):
     """Raises 2, not e, to the logits."""
     for name, function in functional._FUNCTIONS.items():
@@ -196,7 +202,7 @@ def base_two(patch):
         _replace_kernel(patch, function, kernel)
 
 
-@saboteur
+@saboteur("02_definition")
 def no_exponential(patch):
     """Divides the logits themselves by their sum."""
 
@@ -207,7 +213,7 @@ def no_exponential(patch):
     _replace_kernel(patch, _functions.Softmax, kernel)
 
 
-@saboteur
+@saboteur("06_stability")
 def forgets_to_add_the_maximum_back(patch):
     """Log-sum-exp of the shifted logits, returned as that of the logits."""
 
@@ -218,7 +224,7 @@ def forgets_to_add_the_maximum_back(patch):
     _replace_kernel(patch, _functions.LogSumExp, kernel)
 
 
-@saboteur
+@saboteur("07_temperature")
 def divides_before_shifting(patch):
     """Divides by the temperature in the input's format, then shifts."""
     for name in ("softmax", "log_softmax"):
@@ -257,7 +263,7 @@ def _patch_product(patch, product):
     patch.setattr(derivatives.SoftmaxJVP, "rows", staticmethod(rows))
 
 
-@saboteur
+@saboteur("11_jacobian")
 def jacobian_wrong_sign(patch):
     """Jacobian with + p_i p_j off the diagonal."""
 
@@ -268,7 +274,7 @@ def jacobian_wrong_sign(patch):
     _patch_jacobian(patch, change)
 
 
-@saboteur
+@saboteur("11_jacobian")
 def jacobian_missing_delta(patch):
     """Jacobian with - p_i p_j on the diagonal, too."""
 
@@ -278,7 +284,7 @@ def jacobian_missing_delta(patch):
     _patch_jacobian(patch, change)
 
 
-@saboteur
+@saboteur("11_jacobian")
 def jacobian_of_a_sigmoid(patch):
     """Jacobian with nothing off the diagonal."""
 
@@ -288,13 +294,13 @@ def jacobian_of_a_sigmoid(patch):
     _patch_jacobian(patch, change)
 
 
-@saboteur
+@saboteur("11_jacobian")
 def jacobian_squeezed(patch):
     """Drops the axes of length 1 of the Jacobian."""
     _patch_jacobian(patch, lambda jacobian, *_: jacobian.squeeze())
 
 
-@saboteur
+@saboteur("11_jacobian")
 def jacobian_along_the_last_axis(patch):
     """Takes the last axis for the classes, whatever `dim` says."""
 
@@ -306,7 +312,7 @@ def jacobian_along_the_last_axis(patch):
     _patch_jacobian(patch, change)
 
 
-@saboteur
+@saboteur("11_jacobian")
 def jacobian_subtracts_from_one(patch):
     """Computes the diagonal as p (1 - p), which cancels near p = 1."""
 
@@ -318,13 +324,13 @@ def jacobian_subtracts_from_one(patch):
     _patch_jacobian(patch, change)
 
 
-@saboteur
+@saboteur("11_jacobian")
 def derivatives_forget_the_temperature(patch):
     """Leaves out the 1/T of every derivative."""
     patch.setattr(_kernels, "slope", lambda temperature: 1.0)
 
 
-@saboteur
+@saboteur("11_jacobian")
 def products_are_not_centred(patch):
     """JVP and VJP as p v - p (p . v): the tail cancels."""
 
@@ -334,19 +340,19 @@ def products_are_not_centred(patch):
     _patch_product(patch, product)
 
 
-@saboteur
+@saboteur("11_jacobian")
 def products_with_the_plain_mean(patch):
     """JVP and VJP with the mean of v in place of the mean under p."""
     _patch_product(patch, lambda p, v, dim: p * (v - v.mean(dim, True)))
 
 
-@saboteur
+@saboteur("11_jacobian")
 def products_entry_by_entry(patch):
     """JVP and VJP as p (1 - p) v, as for the logistic function."""
     _patch_product(patch, lambda p, v, dim: p * (1 - p) * v)
 
 
-@saboteur
+@saboteur("11_jacobian")
 def products_along_the_last_axis(patch):
     """JVP and VJP whose mean is over the last axis, whatever `dim` says."""
 
@@ -357,7 +363,7 @@ def products_along_the_last_axis(patch):
     _patch_product(patch, product)
 
 
-@saboteur
+@saboteur("11_jacobian")
 def second_product_without_covariance(patch):
     """Hessian-vector product that forgets the covariance."""
 

@@ -47,20 +47,23 @@ def test_the_untouched_library_passes(chapter):
 
 @pytest.mark.parametrize("chapter", replay.notebooks())
 def test_every_check_notices_a_saboteur(chapter):
-    checks = {t for t in labels(chapter) if t.startswith("checks:")}
-    noticed = set()
-    for name in saboteurs.SABOTEURS:
-        noticed |= caught(chapter, name)
-    assert not checks - noticed, "checks that no saboteur makes fail"
+    empty = {t for t in labels(chapter) if t.startswith("checks:")}
+    # The chapter's own saboteurs first, and no more than it takes.
+    order = sorted(
+        saboteurs.SABOTEURS,
+        key=lambda name: saboteurs.SABOTEURS[name].chapter != chapter,
+    )
+    for name in order:
+        if empty:
+            empty -= caught(chapter, name)
+    assert not empty, "checks that no saboteur makes fail"
 
 
-def test_every_saboteur_is_noticed_by_a_chapter():
-    free = [
-        name
-        for name in saboteurs.SABOTEURS
-        if not any(caught(chapter, name) for chapter in replay.notebooks())
-    ]
-    assert not free, f"not noticed by any chapter: {free}"
+@pytest.mark.parametrize("name", saboteurs.SABOTEURS)
+def test_every_saboteur_is_noticed_by_a_chapter(name):
+    first = saboteurs.SABOTEURS[name].chapter
+    chapters = sorted(replay.notebooks(), key=lambda c: c != first)
+    assert any(caught(chapter, name) for chapter in chapters)
 
 
 def test_there_are_saboteurs_and_each_says_what_it_does():
