@@ -11,6 +11,7 @@ import io
 import json
 import pathlib
 import warnings
+from collections.abc import Iterator
 
 import hypothesis
 
@@ -90,18 +91,16 @@ def hurried(cases: int):
         testing._settings = right
 
 
-def replay(name: str, *, until: str | None = None) -> list[Outcome]:
-    """Run a chapter, going on after failures.
+def replay(name: str) -> Iterator[Outcome]:
+    """Run a chapter cell by cell, going on after failures.
 
     Args:
         name: of the chapter, without the suffix.
-        until: id of the last cell to run; all by default.
 
-    Returns:
-        The outcome of every cell that has run.
+    Yields:
+        The outcome of each cell, when it has run.
     """
     scope = {"__name__": "__main__"}
-    outcomes = []
     for cell in cells(name):
         error = None
         silence = io.StringIO()
@@ -117,7 +116,4 @@ def replay(name: str, *, until: str | None = None) -> list[Outcome]:
                 )
             except Exception as exception:
                 error = exception
-        outcomes.append(Outcome(cell, error))
-        if cell.id == until:
-            break
-    return outcomes
+        yield Outcome(cell, error)

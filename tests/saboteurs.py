@@ -376,3 +376,119 @@ def second_product_without_covariance(patch):
         return (p * u * v * scale).to(x.dtype)
 
     patch.setattr(derivatives.SoftmaxHVP, "rows", staticmethod(rows))
+
+
+def _hessian(patch, wrong):
+    """Let `softmax_hessian` be made by wrong(p, right, scale)."""
+    right = derivatives.SoftmaxHessian.write
+
+    def write(x, dim, temperature):
+        p = derivatives._probabilities(x, dim, temperature)
+        p = derivatives._last(p, dim)
+        scale = _kernels.slope(temperature)
+        return wrong(p, right(x, dim, temperature), scale).to(x.dtype)
+
+    patch.setattr(derivatives.SoftmaxHessian, "write", staticmethod(write))
+
+
+@saboteur("12_hessian")
+def hessian_of_the_wrong_sign(patch):
+    """Returns minus the second derivative of softmax."""
+    _hessian(patch, lambda p, right, scale: -right)
+
+
+@saboteur("12_hessian")
+def hessian_without_a_delta(patch):
+    """Forgets the delta_jk in the second derivative of softmax."""
+
+    def wrong(p, right, scale):
+        d = torch.eye(p.shape[-1], dtype=p.dtype) - p.unsqueeze(-2)
+        pair = p.unsqueeze(-1) * p.unsqueeze(-2)
+        inner = d.unsqueeze(-1) * d.unsqueeze(-2) + pair.unsqueeze(-3)
+        return p[..., None, None] * inner * scale**2
+
+    _hessian(patch, wrong)
+
+
+@saboteur("12_hessian")
+def hessian_without_any_delta(patch):
+    """Returns 2 p_i p_j p_k everywhere: symmetric, and wrong."""
+
+    def wrong(p, right, scale):
+        pair = p.unsqueeze(-1) * p.unsqueeze(-2)
+        return 2 * p[..., None, None] * pair.unsqueeze(-3) * scale**2
+
+    _hessian(patch, wrong)
+
+
+@saboteur("12_hessian")
+def hessian_as_a_padded_square(patch):
+    """Puts one row of each slice into a tensor of zeros."""
+
+    def wrong(p, right, scale):
+        square = right.diagonal(0, -3, -2).mT  # entry (i, j) is T_iij
+        return torch.diag_embed(square, 0, -3, -1).mT.contiguous()
+
+    _hessian(patch, wrong)
+
+
+@saboteur("12_hessian")
+def hessian_with_one_temperature(patch):
+    """Divides the second derivative of softmax by T once, not twice."""
+    _hessian(patch, lambda p, right, scale: right / scale)
+
+
+def _hvp(patch, wrong):
+    """Let `softmax_hvp` be made by wrong(p, u, v, dim, scale)."""
+
+    def rows(x, u, v, dim, temperature):
+        p = derivatives._probabilities(x, dim, temperature)
+        scale = _kernels.slope(temperature)
+        return wrong(p, u, v, dim, scale).to(x.dtype)
+
+    patch.setattr(derivatives.SoftmaxHVP, "rows", staticmethod(rows))
+
+
+def _mean(p, v, dim):
+    return (p * v).sum(dim, keepdim=True)
+
+
+@saboteur("12_hessian")
+def hvp_with_one_temperature(patch):
+    """Divides the product with the second derivative by T once."""
+
+    def wrong(p, u, v, dim, scale):
+        a, b = u - _mean(p, u, dim), v - _mean(p, v, dim)
+        return p * (a * b - _mean(p, a * b, dim)) * scale
+
+    _hvp(patch, wrong)
+
+
+@saboteur("12_hessian")
+def curvature_without_the_outer_product(patch):
+    """Takes diag(p) for the Jacobian of softmax, and p v for its product."""
+
+    def write(x, dim, temperature):
+        p = derivatives._probabilities(x, dim, temperature)
+        p = derivatives._last(p, dim) * _kernels.slope(temperature)
+        return torch.diag_embed(p).to(x.dtype)
+
+    def rows(x, v, dim, temperature):
+        p = derivatives._probabilities(x, dim, temperature)
+        return (p * v * _kernels.slope(temperature)).to(x.dtype)
+
+    patch.setattr(derivatives.SoftmaxJacobian, "write", staticmethod(write))
+    patch.setattr(derivatives.SoftmaxJVP, "rows", staticmethod(rows))
+
+
+@saboteur("12_hessian")
+def transposed_log_softmax_jacobian(patch):
+    """Returns I - p 1^T where it should be I - 1 p^T."""
+    right = derivatives.LogSoftmaxJacobian.write
+
+    def write(x, dim, temperature):
+        return right(x, dim, temperature).mT.contiguous()
+
+    patch.setattr(
+        derivatives.LogSoftmaxJacobian, "write", staticmethod(write)
+    )
