@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.measure import SUMMARY
 
-PARTS = ("accuracy", "functional", "derivatives", "sampling")
+PARTS = ("accuracy", "functional", "derivatives", "growth", "sampling")
 REPORT = pathlib.Path(__file__).with_name("report.md")
 README = REPORT.parent.parent / "README.md"
 

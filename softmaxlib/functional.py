@@ -66,7 +66,8 @@ def softmax(
             shape, dtype or device, or autograd would have to go through it.
 
     Accuracy, worst case over all finite inputs: 0.5 ulp and a hair for
-    float16, bfloat16 and float32, at any temperature; 5 ulp for float64.
+    float16, bfloat16 and float32, at any temperature; 5 ulp for float64,
+    where neighbouring logits may come out in the wrong order by an ulp.
     While ``torch.compile`` traces, the shifted textbook formula in the input
     format runs instead (halves in float32), whose error grows with the range
     of the logits, as that of ``torch.softmax`` does.

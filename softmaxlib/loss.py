@@ -95,7 +95,7 @@ def cross_entropy(
         >>> cross_entropy(logits, torch.tensor([2, 0]), reduction="none")
         tensor([4.0761e-01, 8.4967e-18])
 
-    Derived in the chapter *Cross-entropy*. Label smoothing: Szegedy et al.
+    Derived in the chapter *Gradients in the weights*. Label smoothing: Szegedy et al.
     (2016), doi:10.1109/CVPR.2016.308.
     """
     name = "cross_entropy"
@@ -176,7 +176,7 @@ def cross_entropy_gradient(
         >>> cross_entropy_gradient(z, torch.tensor(0))
         tensor([-8.4967e-18,  4.2484e-18,  4.2484e-18])
 
-    Derived in the chapter *The Jacobian*. Source: Bridle (1990),
+    Derived in the chapter *Gradients in the weights*. Source: Bridle (1990),
     doi:10.1007/978-3-642-76153-9_28.
     """
     name = "cross_entropy_gradient"
@@ -255,7 +255,7 @@ def soft_cross_entropy(
         >>> soft_cross_entropy(z, torch.tensor([0.25, 0.75, 0.0]))
         tensor(0.6931)
 
-    Derived in the chapter *Cross-entropy*. Source: Bridle (1990),
+    Derived in the chapter *Gradients in the weights*. Source: Bridle (1990),
     doi:10.1007/978-3-642-76153-9_28.
     """
     name = "soft_cross_entropy"
@@ -310,7 +310,7 @@ def soft_cross_entropy_gradient(
         >>> soft_cross_entropy_gradient(z, y)
         tensor([ 0.6667,  0.1667, -0.8333])
 
-    Derived in the chapter *The Jacobian*. Source: Bridle (1990),
+    Derived in the chapter *Gradients in the weights*. Source: Bridle (1990),
     doi:10.1007/978-3-642-76153-9_28.
     """
     name = "soft_cross_entropy_gradient"

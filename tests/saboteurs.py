@@ -9,12 +9,16 @@ import math
 
 import torch
 
+import softmaxlib
 from softmaxlib import (
     _arguments,
     _functions,
     _kernels,
     derivatives,
     functional,
+    loss,
+    regression,
+    sampling,
 )
 from softmaxlib._kernels import Tile
 
@@ -492,3 +496,301 @@ def transposed_log_softmax_jacobian(patch):
     patch.setattr(
         derivatives.LogSoftmaxJacobian, "write", staticmethod(write)
     )
+
+
+# --- sampling ------------------------------------------------------------
+
+
+@saboteur("08_sampling")
+def sample_too_warm(patch):
+    """Draws by inversion at 1.1 times the temperature."""
+    right = sampling._invert
+
+    def warmer(x, n, temperature, generator):
+        return right(x, n, temperature * 1.1, generator)
+
+    patch.setattr(sampling, "_invert", warmer)
+
+
+@saboteur("08_sampling")
+def gaussian_noise(patch):
+    """Adds Gaussian noise, of the variance of Gumbel noise."""
+
+    def gaussian(shape, like, generator):
+        noise = like.new_empty(shape).normal_(generator=generator)
+        return noise * (math.pi / math.sqrt(6))
+
+    patch.setattr(sampling, "_gumbel", gaussian)
+
+
+@saboteur("08_sampling")
+def top_k_off_by_one(patch):
+    """Drops the winner of the noisy logits and returns ranks 2 to k + 1."""
+    right = sampling.gumbel_top_k
+
+    def shifted(input, k, dim=-1, **options):
+        if k == 0 or k >= input.shape[dim]:
+            return right(input, k, dim, **options).roll(1, dim)
+        return right(input, k + 1, dim, **options).narrow(dim, 1, k)
+
+    patch.setattr(sampling, "gumbel_top_k", shifted)
+    patch.setattr(softmaxlib, "gumbel_top_k", shifted)
+
+
+# --- losses and weights --------------------------------------------------
+
+
+def _let_gradient(patch, change):
+    """Pass p - y through `change(gradient, p, y, share)`, classes last."""
+
+    def index(x, target, share, dim, out):
+        y = torch.zeros_like(x, dtype=torch.float64)
+        write(x, y.scatter(dim, target, 1), share, dim, out)
+
+    def write(x, y, share, dim, out):
+        p = torch.softmax(x.double(), dim)
+        s = y.double().sum(dim, keepdim=True)
+        out.copy_(change(s * p - y, p, y.double(), dim) * share)
+
+    patch.setattr(loss.IndexGradient, "kernel", staticmethod(index))
+    patch.setattr(loss.SoftGradient, "kernel", staticmethod(write))
+
+
+def _replace(patch, name, function):
+    """Put a function in the place of a public one, wherever it is used."""
+    for module in (softmaxlib, loss, regression):
+        if hasattr(module, name):
+            patch.setattr(module, name, function)
+
+
+@saboteur("13_weight_gradients")
+def loss_gradient_wrong_sign(patch):
+    """Gradient of the cross-entropy as y - p."""
+    _let_gradient(patch, lambda g, p, y, dim: -g)
+
+
+@saboteur("13_weight_gradients")
+def loss_gradient_single_term(patch):
+    """Chain rule with one term: y_j (p_j - 1), zero for other classes."""
+    _let_gradient(patch, lambda g, p, y, dim: y * (p - 1))
+
+
+@saboteur("13_weight_gradients")
+def loss_gradient_ignores_the_sum(patch):
+    """p - y, also for targets that do not sum to one."""
+    _let_gradient(patch, lambda g, p, y, dim: p - y)
+
+
+@saboteur("13_weight_gradients")
+def loss_gradient_normalises_targets(patch):
+    """Divides the targets by their sum, in the gradient only."""
+    _let_gradient(
+        patch, lambda g, p, y, dim: p - y / y.sum(dim, keepdim=True)
+    )
+
+
+@saboteur("13_weight_gradients")
+def loss_gradient_subtracts_from_one(patch):
+    """p - y in floats: at a confident target it cancels to 0."""
+    _let_gradient(patch, lambda g, p, y, dim: g)
+
+
+@saboteur("13_weight_gradients")
+def loss_gradient_without_the_mean(patch):
+    """Gradients in the logits of the sum, where the mean was asked for."""
+    for name in ("cross_entropy_gradient", "soft_cross_entropy_gradient"):
+        right = getattr(loss, name)
+
+        def summed(*args, right=right, **options):
+            options["reduction"] = "sum"
+            return right(*args, **options)
+
+        _replace(patch, name, summed)
+
+
+@saboteur("13_weight_gradients")
+def smoothing_over_the_others(patch):
+    """Label smoothing that spreads its part over the K - 1 other classes."""
+
+    def smoothed(right):
+        def function(input, target, *, label_smoothing=0.0, **options):
+            classes = input.shape[min(input.ndim - 1, 1)]
+            label_smoothing *= classes / max(classes - 1, 1)
+            label_smoothing = min(label_smoothing, 1)
+            return right(
+                input, target, label_smoothing=label_smoothing, **options
+            )
+
+        return function
+
+    for name in ("cross_entropy", "cross_entropy_gradient"):
+        _replace(patch, name, smoothed(getattr(loss, name)))
+
+
+@saboteur("13_weight_gradients")
+def loss_of_clipped_probabilities(patch):
+    """Logarithm of probabilities that are kept above 1e-7."""
+
+    def soft(x, y, dim, out):
+        p = torch.softmax(x.double(), dim).clamp(min=1e-7)
+        out.copy_(-(y * p.log()).sum(dim, keepdim=True))
+
+    def index(x, target, dim, out):
+        p = torch.softmax(x.double(), dim).clamp(min=1e-7)
+        out.copy_(-p.log().gather(dim, target))
+
+    patch.setattr(loss.IndexLoss, "kernel", staticmethod(index))
+    patch.setattr(loss.SoftLoss, "kernel", staticmethod(soft))
+
+
+@saboteur("13_weight_gradients")
+def loss_is_half(patch):
+    """Cross-entropy divided by two, as if it were a square."""
+    for function in (loss.IndexLoss, loss.SoftLoss):
+        right = function.kernel
+
+        def kernel(*args, right=right):
+            right(*args)
+            args[-1].div_(2)
+
+        patch.setattr(function, "kernel", staticmethod(kernel))
+
+
+@saboteur("13_weight_gradients")
+def weight_gradient_transposed(patch):
+    """Returns the gradient of the weight in the other layout."""
+    right = regression._Case.finish
+
+    def finish(case, weight, bias):
+        weight, bias = right(case, weight, bias)
+        return weight.mT, bias
+
+    patch.setattr(regression._Case, "finish", finish)
+
+
+@saboteur("13_weight_gradients")
+def weight_gradient_reshaped(patch):
+    """Reshapes between the layouts, where it should transpose."""
+    right = regression._Case.finish
+
+    def finish(case, weight, bias):
+        layout, case.layout = case.layout, "kd"
+        weight, bias = right(case, weight, bias)
+        case.layout = layout
+        if layout == "dk":
+            weight = weight.reshape(weight.shape[::-1])
+        return weight, bias
+
+    patch.setattr(regression._Case, "finish", finish)
+
+
+@saboteur("13_weight_gradients")
+def weight_gradient_without_the_mean(patch):
+    """Sums over the samples, where the mean was asked for."""
+    right = regression._Case.__init__
+
+    def init(case, *args):
+        right(case, *args)
+        case.scale = 1.0
+
+    patch.setattr(regression._Case, "__init__", init)
+
+
+@saboteur("13_weight_gradients")
+def weight_gradient_pulls_down_only(patch):
+    """Leaves out the label: p x^T where it should be (p - y) x^T."""
+
+    def difference(case, z, target):
+        return torch.softmax(z, 1)
+
+    patch.setattr(regression._Case, "difference", difference)
+
+
+@saboteur("13_weight_gradients")
+def weight_gradient_forgets_the_bias(patch):
+    """Computes the logits without the bias."""
+
+    def logits(case, rows=slice(None), weight=None, bias=None):
+        weight = case.weight if weight is None else weight
+        return case.x[rows] @ weight.mT
+
+    patch.setattr(regression._Case, "logits", logits)
+
+
+@saboteur("13_weight_gradients")
+def weight_hessian_factors_swapped(patch):
+    """Kronecker product in the other order: the other flattening."""
+    right = regression.weight_hessian
+
+    def swapped(x, weight, *args, layout="kd", **options):
+        other = "dk" if layout == "kd" else "kd"
+        return right(x, weight.mT, *args, layout=other, **options)
+
+    _replace(patch, "weight_hessian", swapped)
+
+
+@saboteur("13_weight_gradients")
+def weight_hessian_class_by_class(patch):
+    """p_k (1 - p_k) x x^T for each class, and nothing between classes."""
+    right = regression.weight_hessian
+
+    def blocks(x, weight, *args, layout="kd", **options):
+        full = right(x, weight, *args, layout=layout, **options)
+        classes = 0 if layout == "kd" else 1
+        own = torch.ones(weight.shape).cumsum(classes).flatten()
+        return full * (own.unsqueeze(0) == own.unsqueeze(1))
+
+    _replace(patch, "weight_hessian", blocks)
+
+
+@saboteur("13_weight_gradients")
+def weight_hessian_of_means(patch):
+    """Kronecker product of two means, not the mean of the products."""
+
+    def means(x, weight, bias=None, *, reduction="mean", layout="kd"):
+        w = weight if layout == "kd" else weight.mT
+        p = torch.softmax(torch.nn.functional.linear(x, w, bias), 1)
+        jacobian = (torch.diag_embed(p) - p[:, :, None] * p[:, None]).mean(
+            0
+        )
+        moment = x.mT @ x / (len(x) if reduction == "mean" else 1)
+        pair = (jacobian, moment) if layout == "kd" else (moment, jacobian)
+        return torch.kron(*[t.contiguous() for t in pair])
+
+    _replace(patch, "weight_hessian", means)
+
+
+@saboteur("13_weight_gradients")
+def weight_hessian_without_the_rank_one_part(patch):
+    """diag(p) in the place of the Jacobian."""
+
+    def diagonal(p, change, dim):
+        return p * change
+
+    patch.setattr(regression, "_weighted_deviation", diagonal)
+    patch.setattr(regression, "_is_confident", lambda p: False)
+
+    def wrong(x, weight, bias=None, *, reduction="mean", layout="kd"):
+        w = weight if layout == "kd" else weight.mT
+        p = torch.softmax(torch.nn.functional.linear(x, w, bias), 1)
+        total = 0
+        for row, shares in zip(x, p, strict=True):
+            pair = torch.diag(shares), torch.outer(row, row)
+            pair = pair if layout == "kd" else pair[::-1]
+            total = total + torch.kron(*pair)
+        return total / (len(x) if reduction == "mean" else 1)
+
+    _replace(patch, "weight_hessian", wrong)
+
+
+@saboteur("13_weight_gradients")
+def regression_forgets_the_penalty(patch):
+    """Newton steps on the loss alone, whatever the penalty."""
+
+    def gradient(model, x, target):
+        part, bias = regression.weight_gradient(
+            x, model.weight, target, model.bias
+        )
+        return model._flatten(part, bias)
+
+    patch.setattr(regression.SoftmaxRegression, "_gradient", gradient)
