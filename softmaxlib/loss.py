@@ -95,8 +95,8 @@ def cross_entropy(
         >>> cross_entropy(logits, torch.tensor([2, 0]), reduction="none")
         tensor([4.0761e-01, 8.4967e-18])
 
-    Derived in the chapter *Gradients in the weights*. Label smoothing: Szegedy et al.
-    (2016), doi:10.1109/CVPR.2016.308.
+    Derived in the chapter *Gradients in the weights*. Label smoothing:
+    Szegedy et al. (2016), doi:10.1109/CVPR.2016.308.
     """
     name = "cross_entropy"
     case = _IndexCase(
