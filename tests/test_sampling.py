@@ -23,7 +23,7 @@ F32, F64 = torch.float32, torch.float64
 INF, NAN = math.inf, math.nan
 SAMPLERS = (sample, gumbel_max)
 ALL = (sample, gumbel_max, gumbel_top_k)
-# The logits of facts T-50.
+# The logits of the chapter on sampling.
 Z = torch.tensor([2.0, 1.0, 3.0, 5.0, 4.0], dtype=F64)
 ALARM = 1e-6
 
