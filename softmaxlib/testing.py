@@ -93,6 +93,26 @@ def _settings(cases: int, **options) -> hypothesis.settings:
     )
 
 
+def _deviation(label, check, values, bound) -> float | None:
+    """Run one case; None if the check measures nothing."""
+    deviation = check(*values)
+    if deviation is None:
+        return None
+    deviation = float(deviation)
+    if bound is None:
+        raise TypeError(f"{label}: a deviation needs a bound")
+    # Written so that NaN fails.
+    assert deviation <= bound, (
+        f"{label}: deviation {deviation:.6g} exceeds {bound:.6g} for {values}"
+    )
+    return deviation
+
+
+def _larger(worst: float | None, deviation: float | None) -> float | None:
+    known = [d for d in (worst, deviation) if d is not None]
+    return max(known, default=None)
+
+
 def attack(
     label: str,
     *strategies: st.SearchStrategy,
@@ -138,18 +158,7 @@ def attack(
         def body(values):
             nonlocal tried, worst
             tried += 1
-            deviation = check(*values)
-            if deviation is None:
-                return
-            deviation = float(deviation)
-            if bound is None:
-                raise TypeError(f"{label}: a deviation needs a bound")
-            # Written so that NaN fails.
-            assert deviation <= bound, (
-                f"{label}: deviation {deviation:.6g} exceeds {bound:.6g} "
-                f"for {values}"
-            )
-            worst = deviation if worst is None else max(worst, deviation)
+            worst = _larger(worst, _deviation(label, check, values, bound))
 
         test = hypothesis.given(st.tuples(*strategies))(body)
         _settings(cases)(test)()
@@ -191,17 +200,7 @@ def enumerate_cases(
     for case in cases:
         tried += 1
         values = case if isinstance(case, tuple) else (case,)
-        deviation = check(*values)
-        if deviation is None:
-            continue
-        deviation = float(deviation)
-        if bound is None:
-            raise TypeError(f"{label}: a deviation needs a bound")
-        assert deviation <= bound, (
-            f"{label}: deviation {deviation:.6g} exceeds {bound:.6g} "
-            f"for {values}"
-        )
-        worst = deviation if worst is None else max(worst, deviation)
+        worst = _larger(worst, _deviation(label, check, values, bound))
     assert tried, f"{label}: no case was tried"
     return Evidence(label, tried, worst, bound, "enumeration", note)
 
