@@ -36,6 +36,32 @@ def _nestable(jvp):
     return wrapper
 
 
+# What PyTorch keeps to itself about a call is asked here and nowhere else.
+
+
+def is_watched(*values) -> bool:
+    """Whether derivatives of a result of `values` may be asked for."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled():
+        for value in values:
+            if isinstance(value, Tensor) and value.requires_grad:
+                return True
+    return False
+
+
+def is_batched(*values) -> bool:
+    """Whether PyTorch batches one of `values` behind our back.
+
+    `is_grads_batched=True` and `torch.autograd.functional.*(vectorize=True)`
+    do not ask for a vmap rule; kernels cannot run on what they pass.
+    """
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return any(isinstance(v, Tensor) and batched(v) for v in values)
+
+
 class _Kernel(Function):
     """A kernel under `torch.func.vmap`, and its allocation."""
 
@@ -46,23 +72,14 @@ class _Kernel(Function):
     @classmethod
     def call(cls, *arguments) -> Tensor:
         """`apply`, or at a third of its cost `run` if nobody watches."""
-        watched = (
-            torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0
-            or (
-                torch.is_grad_enabled()
-                and any(
-                    isinstance(a, Tensor) and a.requires_grad
-                    for a in arguments
-                )
-            )
-        )
-        return cls.apply(*arguments) if watched else cls.run(*arguments)
+        if is_watched(*arguments):
+            return cls.apply(*arguments)
+        return cls.run(*arguments)
 
     @classmethod
     def run(cls, x: Tensor, *arguments) -> Tensor:
         """Call the kernel with a fresh contiguous output."""
-        if any(_is_batched(a) for a in arguments):
+        if is_batched(*arguments):
             return cls.expression(x, *arguments)
         shape = cls.result_shape(x, arguments[-2])
         out = torch.empty(shape, dtype=x.dtype, device=x.device)
@@ -293,17 +310,6 @@ class LogSumExpGradient(Softmax):
     @staticmethod
     def forward(x, mask, dim, temperature):
         return LogSumExpGradient.run(x, mask, dim, temperature)
-
-
-def _is_batched(value) -> bool:
-    """Whether PyTorch batches `value` behind our back.
-
-    `is_grads_batched=True` and `torch.autograd.functional.*(vectorize=True)`
-    do not ask for a vmap rule; kernels cannot run on what they pass.
-    """
-    return isinstance(
-        value, Tensor
-    ) and torch._C._functorch.is_legacy_batchedtensor(value)
 
 
 def _dot(a: Tensor, b: Tensor, dim: int) -> Tensor:

@@ -11,7 +11,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from softmaxlib import _arguments, _kernels
 from softmaxlib._functions import (
@@ -19,6 +18,8 @@ from softmaxlib._functions import (
     _Kernel,
     _nestable,
     composite,
+    is_batched,
+    is_watched,
 )
 
 __all__ = [
@@ -31,11 +32,6 @@ __all__ = [
     "softmax_jvp",
     "softmax_vjp",
 ]
-
-# Whether functions are being transformed; whether a tensor is batched by
-# `is_grads_batched=True`, which does not ask for a vmap rule.
-_transforms = torch._C._are_functorch_transforms_active
-_legacy = torch._C._functorch.is_legacy_batchedtensor
 
 # Products of more than this many entries go block by block of rows, so that
 # their float64 intermediates stay in cache: 2 MiB each.
@@ -481,20 +477,9 @@ def _product(function, tensors, dim, temperature):
         x, *vectors = tensors
         y = composite("softmax", x, None, dim, temperature)
         return function.formula(y, *vectors, dim, temperature)
-    if _watched(tensors):
+    if is_watched(*tensors):
         return function.apply(*tensors, dim, temperature)
     return _by_rows(function.rows, tensors, dim, temperature)
-
-
-def _watched(tensors) -> bool:
-    """Whether derivatives of the result may be asked for."""
-    if _transforms() or forward_ad._current_level >= 0:
-        return True
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor.requires_grad:
-                return True
-    return False
 
 
 # --- arithmetic, on plain tensors ----------------------------------------
@@ -686,7 +671,7 @@ class _Product(_Kernel):
     @classmethod
     def run(cls, *arguments):
         *tensors, dim, temperature = arguments
-        if any(map(_legacy, tensors)):
+        if is_batched(*tensors):
             y = Softmax.run(tensors[0], None, dim, temperature)
             return cls.formula(y, *tensors[1:], dim, temperature)
         return _by_rows(cls.rows, tensors, dim, temperature)
@@ -804,7 +789,7 @@ class _Dense(_Kernel):
 
     @classmethod
     def run(cls, x, dim, temperature):
-        if _legacy(x):
+        if is_batched(x):
             return _evaluate(cls, x, dim, temperature)
         return cls.write(x, dim, temperature)
 

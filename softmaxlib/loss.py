@@ -16,8 +16,9 @@ from softmaxlib._functions import (
     _Kernel,
     _nestable,
     composite,
+    is_batched,
 )
-from softmaxlib.derivatives import SoftmaxJVP, _legacy
+from softmaxlib.derivatives import SoftmaxJVP
 
 __all__ = [
     "cross_entropy",
@@ -556,7 +557,7 @@ class _Loss(_Kernel):
 
     @classmethod
     def run(cls, x, target, dim, name):
-        if _legacy(x) or _legacy(target):
+        if is_batched(x, target):
             return cls.formula(x, target, dim, name)
         shape = _one_class(x, dim)
         out = torch.zeros(shape, dtype=_wide(x), device=x.device)
@@ -569,7 +570,7 @@ class _Gradient(_Kernel):
 
     @classmethod
     def run(cls, x, target, share, dim, name):
-        if any(map(_legacy, (x, target, share))):
+        if is_batched(x, target, share):
             return cls.formula(x, target, share, dim, name)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         cls.kernel(x, target, share, dim, out)

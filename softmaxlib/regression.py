@@ -9,12 +9,11 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from softmaxlib import _arguments
+from softmaxlib._functions import is_watched
 from softmaxlib.derivatives import (
     _is_confident,
-    _transforms,
     _weighted_deviation,
     softmax_jvp,
 )
@@ -552,14 +551,9 @@ class _Case:
 
     def watched(self, *others) -> bool:
         """Whether derivatives of the result may be asked for."""
-        if _transforms() or forward_ad._current_level >= 0:
-            return True
         if torch.compiler.is_compiling():
             return True
-        tensors = self.x, self.weight, self.bias, *others
-        return torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in tensors
-        )
+        return is_watched(self.x, self.weight, self.bias, *others)
 
     def logits(self, rows=slice(None), weight=None, bias=None):
         x = self.x[rows]
