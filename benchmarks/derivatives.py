@@ -7,6 +7,7 @@ import torch
 from torch import func
 
 from benchmarks.measure import (
+    across_processes,
     digits,
     mebibytes,
     paired,
@@ -247,9 +248,11 @@ def report() -> str:
         parts += [f"\n### {title}\n", _table(factory, sizes, slow)]
     parts += [
         "\n### What is promised\n",
-        "The first line depends on the allocator: a result of 4 MB costs "
-        "four times as much in pages that are new to the process as in pages "
-        "that it had before.\n",
+        "Each line was measured in seven processes: the median of their "
+        "medians, and the quartiles of these. Processes differ: a result of "
+        "some megabytes costs several times as much in pages that are new "
+        "to the process as in pages that it had before, and which of the two "
+        "the allocator gives to either candidate is settled early.\n",
         table(
             ["what", "peer", "times faster", "needed", "peak", "allowed"],
             [_promise(*promise) for promise in PROMISES],
@@ -259,12 +262,11 @@ def report() -> str:
 
 
 def _promise(factory, sizes, peer, needed, memory):
-    candidates = factory(*sizes)
-    ratio = paired(candidates[OURS], candidates[peer], repeats=11)
+    path = f"benchmarks.derivatives:{factory.__name__}"
+    ratio = across_processes(path, OURS, peer, *sizes)
     peak = allowed = ""
     if memory is not None:
         warm = (2, 3, 4)[: len(sizes)]
-        path = f"benchmarks.derivatives:{factory.__name__}"
         ours = peak_memory(path, OURS, *sizes, warm=warm)
         if memory[0] == "result":
             part, of = ours / memory[2], "the result"

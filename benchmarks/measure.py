@@ -32,7 +32,7 @@ class Ratio:
     Attributes:
         median, lower, upper: of the paired ratios, with their quartiles.
         ours, theirs: median CPU seconds of one call.
-        pairs: the number of pairs.
+        pairs: the number of pairs, or of processes with a median each.
     """
 
     median: float
@@ -86,12 +86,85 @@ def paired(
         torch.set_num_threads(threads)
         if collects:
             gc.enable()
-    ratios = [b / a for a, b in pairs]
+    return _summary([b / a for a, b in pairs], zip(*pairs, strict=True))
+
+
+def across_processes(
+    factory: str,
+    ours: str,
+    theirs: str,
+    *sizes,
+    processes: int = 7,
+    repeats: int = 3,
+    least: float = 0.05,
+) -> Ratio:
+    """Time two candidates in turns, in several processes one by one.
+
+    Whether an allocation finds its pages or has to ask for new ones is
+    decided by what a process did before, for all of its life: one process,
+    however often it repeats, measures one such state.
+
+    Args:
+        factory: ``"package.module:function"``; the function takes the sizes
+            and returns a dictionary of candidates to call.
+        ours, theirs: which of the candidates.
+        sizes: what to pass, numbers or strings.
+        processes: how many.
+        repeats, least: as in :func:`paired`, in each process.
+
+    Returns:
+        The ratio theirs / ours: the median over the processes of each one's
+        median, and their quartiles.
+    """
+    arguments = f"{factory!r}, {ours!r}, {theirs!r}, {sizes!r}"
+    found = []
+    for _ in range(processes):
+        output = _in_process(
+            f"_report_pairs({arguments}, {repeats}, {least})"
+        )
+        found.append([float(number) for number in output.split()[-3:]])
+    medians, *seconds = map(list, zip(*found, strict=True))
+    return _summary(medians, seconds)
+
+
+def _report_pairs(factory, ours, theirs, sizes, repeats, least):
+    candidates = _built(factory, sizes)
+    ratio = paired(
+        candidates[ours], candidates[theirs], repeats, least=least
+    )
+    print(ratio.median, ratio.ours, ratio.theirs)
+
+
+def _summary(ratios, columns) -> Ratio:
     lower, median, upper = statistics.quantiles(
         ratios, n=4, method="inclusive"
     )
-    columns = [statistics.median(c) for c in zip(*pairs, strict=True)]
-    return Ratio(median, lower, upper, *columns, repeats)
+    middles = [statistics.median(column) for column in columns]
+    return Ratio(median, lower, upper, *middles, len(ratios))
+
+
+def _built(factory: str, sizes) -> dict:
+    """The candidates that ``"package.module:function"`` makes."""
+    module, function = factory.split(":")
+    return getattr(importlib.import_module(module), function)(*sizes)
+
+
+def _in_process(call: str) -> str:
+    """What a function of this module prints in a process of its own."""
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"from benchmarks import measure; measure.{call}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        raise RuntimeError(result.stderr)
+    return result.stdout
 
 
 def _time(function, calls: int) -> float:
@@ -121,29 +194,17 @@ def peak_memory(factory: str, name: str, *sizes, warm=()) -> int:
         warm: small sizes for a first call, so that loading code does not
             count.
     """
-    code = (
-        "from benchmarks import measure; "
-        f"measure._report_peak({factory!r}, {name!r}, {sizes!r}, {warm!r})"
+    output = _in_process(
+        f"_report_peak({factory!r}, {name!r}, {sizes!r}, {warm!r})"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode:
-        raise RuntimeError(result.stderr)
-    return int(result.stdout.split()[-1])
+    return int(output.split()[-1])
 
 
 def _report_peak(factory, name, sizes, warm):
     torch.set_num_threads(1)
-    module, function = factory.split(":")
-    build = getattr(importlib.import_module(module), function)
     if warm:
-        build(*warm)[name]()
-    call = build(*sizes)[name]
+        _built(factory, warm)[name]()
+    call = _built(factory, sizes)[name]
     gc.collect()
     try:
         # Linux: forget the peak so far.

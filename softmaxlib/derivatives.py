@@ -505,7 +505,7 @@ def _is_confident(p: Tensor) -> bool:
 
 def _complement(p: Tensor) -> Tensor:
     """1 - p over the last dimension, from the others where p is large."""
-    rest = 1 - p
+    rest = torch.rsub(p, 1)  # 1 - p, without a detour over Python
     if _is_confident(p):
         largest, index = p.max(-1, keepdim=True)
         others = p.scatter(-1, index, 0).sum(-1, keepdim=True)
@@ -520,10 +520,9 @@ def _last(x: Tensor, dim: int) -> Tensor:
 
 def _square(x: Tensor, dim: int, power: int) -> Tensor:
     """An empty tensor with `power` class dimensions at the end."""
-    shape = (
-        x.shape[:dim] + x.shape[dim + 1 :] + x.shape[dim : dim + 1] * power
-    )
-    return torch.empty(shape, dtype=x.dtype, device=x.device)
+    shape = list(x.shape)
+    classes = shape.pop(dim)
+    return x.new_empty((*shape, *(classes,) * power))
 
 
 def _finite(p: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -541,11 +540,15 @@ def _write_jacobian(x, dim, temperature):
     p = _last(_probabilities(x, dim, temperature), dim)
     # The scale in equal parts, so that the result is exactly symmetric.
     factor = _finite(p, math.sqrt(scale), x.dtype)
-    torch.mul(-factor.unsqueeze(-1), factor.unsqueeze(-2), out=out)
-    diagonal = p * _complement(p)
-    if scale != 1:
-        diagonal *= scale
-    out.diagonal(0, -2, -1).copy_(diagonal)
+    # Asked before the product drives p out of the cache.
+    even = scale == 1 and p.amax().item() <= 0.5
+    torch.mul(factor.neg().unsqueeze(-1), factor.unsqueeze(-2), out=out)
+    diagonal = out.diagonal(0, -2, -1)
+    if even:
+        # -p^2 stands there already, and p - p^2 does not cancel up to 1/2.
+        diagonal.add_(factor)
+    else:
+        diagonal.copy_((p * _complement(p)).mul_(scale))
     return out
 
 

@@ -7,6 +7,7 @@ has no distribution and is refused in words.
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,10 +20,12 @@ _BLOCK = 2**18
 # Up to this length weights are computed in float64 whatever the input.
 _SHORT = 2**12
 # Up to this many classes it is fastest to compare with every threshold: a
-# binary search mispredicts a branch a step. Fewer classes for many draws,
-# whose comparisons leave the cache.
-_FEW, _FEWER, _MANY = 16, 8, 2**14
-# From this many draws on, sorted uniforms pay for the permutation.
+# binary search mispredicts a branch a step.
+_FEW = 16
+# Up to this many where a row is drawn alone: a single one, or each of a batch
+# from so many draws on; how many of them are compared at a time.
+_FEW_ALONE, _ALONE, _STRIP = 32, 2**12, 2**14
+# From this many draws on, a search in order pays for the permutation.
 _SORTED = 512
 # From this many classes for each draw on, most need not be added up one by
 # one; the width of the blocks that are added up instead.
@@ -97,15 +100,17 @@ def sample(
 
     Accuracy: the weights are computed in float64 up to K = 4096 and for
     float64, else in float32, good to 3e-7 (1 + (max z - z) / T) relative;
-    they are added up in float64. Uniform numbers have 53 bits, sorted ones
-    rounding errors of up to 1e-16 n for n draws.
+    they are added up in float64. Uniform numbers have 53 bits. Where up to
+    32 classes are compared with, 31-bit numbers and sums rounded at random
+    give each draw its probability to 2e-19, and any two draws theirs to
+    6e-20 of independence.
 
     Complexity, for n draws from each row: O(K + n log K) time a row; besides
     the result a few blocks of 2 MiB, or rows of K or n entries if those are
     longer, never a float64 copy of a large batch. On a CPU many draws are
-    made in sorted order, from exponential spacings, and then permuted at
-    random: the search then finds its branches predicted and its table in
-    cache.
+    made in sorted order and then permuted at random, so that the search finds
+    its branches predicted and its table in cache. Up to K = 32, in a single
+    row or from 4096 draws on, each number is compared with every sum.
 
     Example:
         >>> import torch
@@ -117,9 +122,9 @@ def sample(
         >>> sample(logits.expand(2, 4), 0, dim=0).shape
         torch.Size([0, 4])
 
-    Derived in the chapter *Sampling*. Inversion and sorted uniforms:
-    Devroye (1986), *Non-Uniform Random Variate Generation*, chapters II and
-    V, doi:10.1007/978-1-4613-8643-8.
+    Derived in the chapter *Sampling*. Inversion: Devroye
+    (1986), *Non-Uniform Random Variate Generation*, chapters II and III,
+    doi:10.1007/978-1-4613-8643-8.
     """
     x, dim, temperature = _prepare(
         "sample", input, "num_samples", num_samples, dim, temperature, mask
@@ -466,8 +471,14 @@ def _invert(x: Tensor, n: int, temperature: float, generator):
     nearer to the lower neighbour everywhere else.
     """
     classes = x.shape[-1]
-    few = classes <= (_FEW if n <= _MANY else _FEWER)
-    many = not few and n >= _SORTED and x.device.type == "cpu"
+    if (
+        classes <= _FEW_ALONE
+        and x.is_cpu
+        and (n >= _ALONE or x.numel() == classes)
+        and 1 / _MODERATE <= temperature <= _MODERATE
+    ):
+        return _invert_few(x, n, temperature, generator)
+    many = classes > _FEW and n >= _SORTED and x.is_cpu
     if many and x.ndim == 1 and classes >= _SPARSE * n:
         return _invert_blocks(x, n, temperature, generator)
     sums = _cumulative(x, temperature)
@@ -475,9 +486,6 @@ def _invert(x: Tensor, n: int, temperature: float, generator):
     smallest = total.item() if x.ndim == 1 else total.min().item()
     if not smallest > 0:
         return None
-    if many:
-        u = _sorted_uniforms(total, n, generator)
-        return _permute(torch.searchsorted(sums, u, right=True), generator)
     u = torch.rand(
         (*x.shape[:-1], n),
         dtype=sums.dtype,
@@ -488,10 +496,63 @@ def _invert(x: Tensor, n: int, temperature: float, generator):
         u.mul_(total.unsqueeze(-1))
     elif not 1 <= smallest <= _ABOVE:
         u.mul_(smallest)
-    if not few:
+    if many:
+        return _permute(_search(sums, u), generator)
+    if classes > _FEW:
         return torch.searchsorted(sums, u, right=True)
-    u = u if x.ndim == 1 else u.unsqueeze(-2)
-    return (u >= sums.unsqueeze(-1)).sum(-2)
+    return (u.unsqueeze(-2) >= sums.unsqueeze(-1)).sum(-2)
+
+
+def _invert_few(x: Tensor, n: int, temperature: float, generator):
+    """The same on a CPU, for rows of few classes and one after the other.
+
+    For a thousand draws of five classes an operation costs what it costs to
+    call: Python's numbers for the weights, NumPy for the rest.
+    """
+    one = x.ndim == 1
+    rows = [x.tolist()] if one else x.tolist()
+    sums = [_integer_sums(row, temperature) for row in rows]
+    if None in sums:
+        return None
+    if one and n <= _STRIP:
+        draws = _strip(sums[0], n, generator).astype(np.int64)
+        return torch.from_numpy(draws)
+    draws = np.empty((len(rows), n), np.int64)
+    for row, total in zip(draws, sums, strict=True):
+        for start in range(0, n, _STRIP):
+            size = min(_STRIP, n - start)
+            row[start : start + size] = _strip(total, size, generator)
+    return torch.from_numpy(draws[0] if one else draws)
+
+
+def _integer_sums(logits: list[float], temperature: float):
+    """Where in [0, 2**62] the classes 1, 2, ... begin; None for a bad row."""
+    top, sums, total = max(logits), [], 0.0
+    for z in logits:
+        sums.append(total)
+        total += math.exp((z - top) / temperature)
+    if not total > 0:
+        return None
+    return [int(part / total * 2.0**62) for part in sums[1:]]
+
+
+def _strip(sums: list[int], n: int, generator):
+    """n draws from uniform integers of 31 bits, as an array of int8.
+
+    One more integer rounds the sums to 31 bits, up as often as their other
+    bits say: each draw has its probability to 62 bits. The rounding is all
+    that the draws of a strip share; it moves the probability of what two of
+    them are by at most 2**-64.
+    """
+    bits = np.empty(n + 1, np.int32)
+    torch.from_numpy(bits).random_(generator=generator)
+    # A class begins with the integer above this one. It may be -1, which all
+    # are above, or 2**31 - 1, above which there is none: a class without
+    # weight, first or last, is never hit.
+    rounding = int(bits[n]) - 2**31
+    begin = [part + rounding >> 31 for part in sums]
+    above = bits[:n] > np.array(begin, np.int32)[:, None]
+    return np.add.reduce(above, 0, np.int8)
 
 
 def _invert_blocks(x: Tensor, n: int, temperature: float, generator):
@@ -505,10 +566,11 @@ def _invert_blocks(x: Tensor, n: int, temperature: float, generator):
         weights = torch.nn.functional.pad(weights, padding)
     weights = weights.view(-1, _WIDTH)
     sums = weights.sum(-1, dtype=torch.float64).cumsum_(-1)
-    if not sums[-1].item() > 0:
+    total = sums[-1].item()
+    if not total > 0:
         return None
-    u = _sorted_uniforms(sums[-1], n, generator)
-    block = torch.searchsorted(sums, u, right=True)
+    u = torch.rand(n, dtype=sums.dtype, generator=generator).mul_(total)
+    block = _search(sums, u)
     before = torch.cat([sums.new_zeros(1), sums]).index_select(0, block)
     inside = weights.index_select(0, block).double().cumsum_(-1)
     # A block's sum may have been rounded up when it was added in one go.
@@ -518,18 +580,27 @@ def _invert_blocks(x: Tensor, n: int, temperature: float, generator):
     return _permute(index, generator)
 
 
-def _sorted_uniforms(total: Tensor, n: int, generator) -> Tensor:
-    """n sorted uniforms on [0, total) for each row, from spacings.
+def _search(sums: Tensor, u: Tensor) -> Tensor:
+    """Which classes `u` falls into, in ascending order; sorts `u` in place.
 
-    With n + 1 independent exponentials, the first n of their partial sums
-    over the last are distributed as n sorted uniforms.
+    A search for sorted numbers finds its branches predicted and its table in
+    cache. Where there are fewer classes than numbers, the ends of the classes
+    are searched for among the numbers.
     """
-    s = torch.rand(
-        (*total.shape, n + 1), dtype=total.dtype, generator=generator
-    )
-    s = s.neg_().log1p_().cumsum_(-1)
-    scale = (total * _BELOW).div_(s.select(-1, -1)).unsqueeze_(-1)
-    return s[..., :-1] * scale
+    sums, u = sums.numpy(), u.numpy()
+    u.sort(-1)
+    classes, n = sums.shape[-1], u.shape[-1]
+    index = np.empty(u.shape, np.int64)
+    rows = [
+        array.reshape(-1, array.shape[-1]) for array in (sums, u, index)
+    ]
+    for ends, numbers, found in zip(*rows, strict=True):
+        if 2 * classes > n:
+            found[:] = ends.searchsorted(numbers, "right")
+            continue
+        counts = np.diff(numbers.searchsorted(ends), prepend=0)
+        found[:] = np.arange(classes).repeat(counts)
+    return torch.from_numpy(index)
 
 
 def _permute(index: Tensor, generator) -> Tensor:

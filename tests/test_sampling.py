@@ -72,7 +72,7 @@ def test_right_temperature(draw, temperature):
     assert p_value(draws, exact(Z, temperature)) > ALARM
 
 
-# Below 16 classes, below 512 draws, in between, and a sparse row.
+# Up to 32 classes, below 512 draws, in between, and a sparse row.
 @pytest.mark.parametrize(
     ("classes", "draws", "calls"),
     [
@@ -80,6 +80,8 @@ def test_right_temperature(draw, temperature):
         (8, 10**5, 1),
         (12, 10**4, 1),
         (16, 10**5, 1),
+        (32, 10**5, 1),
+        (33, 10**5, 1),
         (100, 200, 100),
         (100, 10**5, 1),
         (5000, 10**5, 1),
@@ -95,14 +97,23 @@ def test_every_way_of_inverting(classes, draws, calls):
         assert p_value(y, exact(z.double())) > ALARM
 
 
-def test_batches_have_their_own_distributions():
-    z = torch.randn(6, 40, generator=generator(), dtype=F64)
-    for n in (300, 20_000):
-        y = torch.cat(
-            [sample(z, n, generator=generator(s)) for s in range(3)], -1
+# Rows compared together or one by one, searched in order or at random.
+@pytest.mark.parametrize("classes", [5, 20, 40])
+@pytest.mark.parametrize("n", [300, 2000, 20_000])
+def test_batches_have_their_own_distributions(classes, n):
+    z = torch.randn(6, classes, generator=generator(), dtype=F64)
+    y = torch.cat(
+        [sample(z, n, generator=generator(s)) for s in range(3)], -1
+    )
+    for row, draws in zip(z, y, strict=True):
+        assert p_value(draws, exact(row)) > ALARM
+    assert (
+        p_value(
+            y[0] * classes + y[1],
+            np.outer(exact(z[0]), exact(z[1])).ravel(),
         )
-        for row, draws in zip(z, y, strict=True):
-            assert p_value(draws, exact(row)) > ALARM
+        > ALARM
+    )
 
 
 @pytest.mark.parametrize("draw", SAMPLERS)
@@ -125,42 +136,48 @@ def test_gaussian_noise_is_detected():
     assert p_value(noisy_max(right), exact(Z)) > ALARM
 
 
-def test_sequences_are_independent():
+# A row alone, and searched in order.
+@pytest.mark.parametrize("classes", [20, 40])
+def test_sequences_are_independent(classes):
     # Sorted uniforms left in order, or permuted alike in all rows, show in
     # neighbouring draws, in distant ones, or in pairs of rows.
-    z = torch.zeros(2, 20, dtype=F64)
+    z = torch.zeros(2, classes, dtype=F64)
     y = sample(z, 50_000, generator=generator())
-    uniform = np.full(400, 1 / 400)
-    assert p_value(y[0] * 20 + y[1], uniform) > ALARM
+    uniform = np.full(classes**2, classes**-2.0)
+    assert p_value(y[0] * classes + y[1], uniform) > ALARM
     for lag in (1, 2, 25_000):
-        pairs = y[:, :-lag] * 20 + y[:, lag:]
+        pairs = y[:, :-lag] * classes + y[:, lag:]
         assert p_value(pairs, uniform) > ALARM
     # Many short calls: a fixed position is as random as any other.
-    z = torch.zeros(500, 20, dtype=F64)
+    z = torch.zeros(500, classes, dtype=F64)
     y = sample(z, 512, generator=generator())
     for place in (0, 255, 511):
-        assert p_value(y[:, place], np.full(20, 1 / 20)) > ALARM
-    pairs = y[:, 0] * 20 + y[:, 1]
-    assert p_value(pairs // 40, np.full(10, 1 / 10)) > ALARM
+        assert p_value(y[:, place], np.full(classes, 1 / classes)) > ALARM
+    pairs = y[:, 0] * classes + y[:, 1]
+    assert p_value(pairs * 10 // classes**2, np.full(10, 1 / 10)) > ALARM
 
 
 def test_without_the_permutation_the_draws_are_sorted(monkeypatch):
     monkeypatch.setattr(
         sampling, "_permute", lambda index, generator: index
     )
-    y = sample(torch.zeros(2, 20), 50_000, generator=generator())
+    y = sample(torch.zeros(2, 40), 50_000, generator=generator())
     assert (y.diff() >= 0).all()
-    assert p_value(y[0] * 20 + y[1], np.full(400, 1 / 400)) < ALARM
+    assert p_value(y[0] * 40 + y[1], np.full(1600, 1 / 1600)) < ALARM
 
 
-def test_sorted_uniforms_are_the_order_statistics():
-    total = torch.ones(2000, dtype=F64)
-    u = sampling._sorted_uniforms(total, 9, generator())
-    assert (u.diff() >= 0).all()
-    assert (u < 1).all()
-    for j in range(9):
-        test = scipy.stats.kstest(u[:, j].numpy(), "beta", (j + 1, 9 - j))
-        assert test.pvalue > ALARM
+@pytest.mark.parametrize("classes", [3, 50, 900])
+def test_a_search_in_order(classes):
+    sums = torch.rand(4, classes, dtype=F64, generator=generator())
+    sums[:, 1::3] = 0
+    sums = sums.cumsum(-1)
+    u = torch.rand(4, 100, dtype=F64, generator=generator())
+    u.mul_(sums[:, -1:])
+    # On the border of two classes, the upper one.
+    u[:, :2] = sums[:, :2]
+    expect = torch.searchsorted(sums, u.sort().values, right=True)
+    assert torch.equal(sampling._search(sums[1], u[1].clone()), expect[1])
+    assert torch.equal(sampling._search(sums, u), expect)
 
 
 # --- without replacement -------------------------------------------------
@@ -323,8 +340,12 @@ def test_the_smallest_and_the_largest_uniform(monkeypatch, value, classes):
     def constant_(tensor, *args, **options):
         return uniform(tensor, *args, **options).fill_(value)
 
+    def integer(tensor, *args, **options):
+        return tensor.fill_(round(value) * (2**31 - 1))
+
     monkeypatch.setattr(torch, "rand", constant)
     monkeypatch.setattr(torch.Tensor, "uniform_", constant_)
+    monkeypatch.setattr(torch.Tensor, "random_", integer)
     z = logits(classes)
     z[0] = z[-1] = z[classes // 2] = -INF
     for shift in range(20):
@@ -336,6 +357,28 @@ def test_the_smallest_and_the_largest_uniform(monkeypatch, value, classes):
         assert (w[gumbel_top_k(w, 3)] > -INF).all()
         if value:
             assert (w[sample(w, 600)] > -INF).all()
+
+
+@pytest.mark.parametrize("bits", [0, 7, 2**31 - 1])
+@pytest.mark.parametrize("rounding", [0, 2**30 - 1, 2**30, 2**31 - 1])
+def test_sums_are_rounded_at_random(monkeypatch, bits, rounding):
+    def fill(tensor, *args, **options):
+        tensor.fill_(bits)[-1] = rounding
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "random_", fill)
+    # 7 1/2, rounded up for half of the integers that there are.
+    sums = [0, 7 * 2**31 + 2**30, 2**62]
+    draws = sampling._strip(sums, 3, None)
+    begin = 7 if rounding < 2**30 else 8
+    assert draws.tolist() == [1 + (bits >= begin)] * 3
+
+
+def test_integer_sums():
+    z = [math.log(1), -INF, math.log(3), -INF]
+    assert sampling._integer_sums(z, 1.0) == [2**60, 2**60, 2**62]
+    assert sampling._integer_sums([-INF, *z], 1.0)[0] == 0
+    assert sampling._integer_sums([0.0, NAN], 1.0) is None
 
 
 def test_sums_added_in_parallel_are_mended():
