@@ -94,7 +94,7 @@ def across_processes(
     ours: str,
     theirs: str,
     *sizes,
-    processes: int = 7,
+    processes: int,
     repeats: int = 3,
     least: float = 0.05,
 ) -> Ratio:
