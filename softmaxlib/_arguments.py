@@ -38,6 +38,8 @@ def logits(function: str, value, dtype, promote: bool = False) -> Tensor:
     Integers are promoted to the default float if `promote`, else refused.
     """
     value = tensor(function, "input", value)
+    if dtype is None and value.dtype in _SUPPORTED:
+        return value
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise TypeError(
             f"{function}(): dtype must be a torch.dtype or None, got "
@@ -57,8 +59,6 @@ def logits(function: str, value, dtype, promote: bool = False) -> Tensor:
                 f"or float64, got {dtype}"
             )
         return value.to(dtype)
-    if value.dtype in _SUPPORTED:
-        return value
     if promote and not value.dtype.is_floating_point:
         return value.to(torch.get_default_dtype())
     kind = "8-bit floats" if value.dtype.is_floating_point else "integers"
@@ -71,7 +71,9 @@ def logits(function: str, value, dtype, promote: bool = False) -> Tensor:
 
 def dimension(function: str, dim, ndim: int) -> int:
     """`dim` as a non-negative index; a 0-d tensor counts as 1-d."""
-    if isinstance(dim, bool) or not isinstance(dim, int):
+    if type(dim) is not int and (
+        isinstance(dim, bool) or not isinstance(dim, int)
+    ):
         raise TypeError(
             f"{function}(): dim must be an int, got "
             f"{type(dim).__name__} {dim!r}"
@@ -86,7 +88,7 @@ def dimension(function: str, dim, ndim: int) -> int:
 
 
 def temperature(function: str, value) -> float:
-    # A float is by far the commonest, and to ask for Real takes longest.
+    # A float first: to ask whether a number is Real takes longer.
     if type(value) is not float and (
         isinstance(value, bool) or not isinstance(value, Real)
     ):

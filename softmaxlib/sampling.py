@@ -27,11 +27,9 @@ _FEW = 16
 _FEW_ALONE, _ALONE, _STRIP = 32, 2**12, 2**14
 # From this many draws on, a search in order pays for the permutation.
 _SORTED = 512
-# From this many classes for each draw on, most need not be added up one by
-# one; the width of the blocks that are added up instead.
-_SPARSE, _WIDTH = 64, 32
-# Keeps a product of rounded factors strictly below the total.
-_BELOW = 1 - 2.0**-50
+# The integers that are drawn for it: the smallest of 64 bits, taken apart
+# into two without a sign, of which this is the largest.
+_LOWEST, _LARGEST = -(2**63), 2**32 - 1
 # A total that is one but for rounding.
 _ABOVE = 1 + 2.0**-50
 
@@ -100,10 +98,10 @@ def sample(
 
     Accuracy: the weights are computed in float64 up to K = 4096 and for
     float64, else in float32, good to 3e-7 (1 + (max z - z) / T) relative;
-    they are added up in float64. Uniform numbers have 53 bits. Where up to
-    32 classes are compared with, 31-bit numbers and sums rounded at random
-    give each draw its probability to 2e-19, and any two draws theirs to
-    6e-20 of independence.
+    they are added up in float64. Uniform numbers have 53 bits. Single
+    rows of up to 32 classes are drawn from integers of 32 bits against sums
+    that are rounded at random: the probability of a draw is then right to
+    1e-19, and that of two draws is the product of theirs to 2e-20.
 
     Complexity, for n draws from each row: O(K + n log K) time a row; besides
     the result a few blocks of 2 MiB, or rows of K or n entries if those are
@@ -129,7 +127,7 @@ def sample(
     x, dim, temperature = _prepare(
         "sample", input, "num_samples", num_samples, dim, temperature, mask
     )
-    if x.ndim == 1 and x.shape[0] and num_samples:
+    if x.ndim == 1 and num_samples and x.shape[0]:
         index = _invert(x, num_samples, temperature, generator)
         if index is None:
             _refuse("sample", x)
@@ -479,8 +477,6 @@ def _invert(x: Tensor, n: int, temperature: float, generator):
     ):
         return _invert_few(x, n, temperature, generator)
     many = classes > _FEW and n >= _SORTED and x.is_cpu
-    if many and x.ndim == 1 and classes >= _SPARSE * n:
-        return _invert_blocks(x, n, temperature, generator)
     sums = _cumulative(x, temperature)
     total = sums.select(-1, -1)
     smallest = total.item() if x.ndim == 1 else total.min().item()
@@ -497,7 +493,14 @@ def _invert(x: Tensor, n: int, temperature: float, generator):
     elif not 1 <= smallest <= _ABOVE:
         u.mul_(smallest)
     if many:
-        return _permute(_search(sums, u), generator)
+        numbers = u.numpy()
+        numbers.sort(-1)
+        if x.ndim == 1:
+            index = _search(sums.numpy(), numbers)
+        else:
+            rows = zip(sums.numpy(), numbers, strict=True)
+            index = np.stack([_search(*row) for row in rows])
+        return _permute(torch.from_numpy(index), generator)
     if classes > _FEW:
         return torch.searchsorted(sums, u, right=True)
     return (u.unsqueeze(-2) >= sums.unsqueeze(-1)).sum(-2)
@@ -509,98 +512,64 @@ def _invert_few(x: Tensor, n: int, temperature: float, generator):
     For a thousand draws of five classes an operation costs what it costs to
     call: Python's numbers for the weights, NumPy for the rest.
     """
-    one = x.ndim == 1
-    rows = [x.tolist()] if one else x.tolist()
+    if x.ndim == 1 and n <= _STRIP:
+        sums = _integer_sums(x.tolist(), temperature)
+        if sums is None:
+            return None
+        draws = _strip(sums, n, generator)
+        return torch.from_numpy(draws.astype(np.int64))
+    rows = x.reshape(-1, x.shape[-1]).tolist()
     sums = [_integer_sums(row, temperature) for row in rows]
     if None in sums:
         return None
-    if one and n <= _STRIP:
-        draws = _strip(sums[0], n, generator).astype(np.int64)
-        return torch.from_numpy(draws)
-    draws = np.empty((len(rows), n), np.int64)
-    for row, total in zip(draws, sums, strict=True):
+    draws = np.empty((*x.shape[:-1], n), np.int64)
+    for row, parts in zip(draws.reshape(-1, n), sums, strict=True):
         for start in range(0, n, _STRIP):
             size = min(_STRIP, n - start)
-            row[start : start + size] = _strip(total, size, generator)
-    return torch.from_numpy(draws[0] if one else draws)
+            row[start : start + size] = _strip(parts, size, generator)
+    return torch.from_numpy(draws)
 
 
 def _integer_sums(logits: list[float], temperature: float):
-    """Where in [0, 2**62] the classes 1, 2, ... begin; None for a bad row."""
+    """Where in [0, 2**64] the classes 1, 2, ... begin; None for a bad row."""
     top, sums, total = max(logits), [], 0.0
     for z in logits:
         sums.append(total)
         total += math.exp((z - top) / temperature)
     if not total > 0:
         return None
-    return [int(part / total * 2.0**62) for part in sums[1:]]
+    return [int(part / total * 2.0**64) for part in sums[1:]]
 
 
 def _strip(sums: list[int], n: int, generator):
-    """n draws from uniform integers of 31 bits, as an array of int8.
+    """n draws from uniform integers of 32 bits, as an array of int8.
 
-    One more integer rounds the sums to 31 bits, up as often as their other
-    bits say: each draw has its probability to 62 bits. The rounding is all
+    One more integer rounds the sums to 32 bits, up as often as their other
+    bits say: each draw has its probability to 64 bits. The rounding is all
     that the draws of a strip share; it moves the probability of what two of
-    them are by at most 2**-64.
+    them are by at most 2**-66.
     """
-    bits = np.empty(n + 1, np.int32)
-    torch.from_numpy(bits).random_(generator=generator)
-    # A class begins with the integer above this one. It may be -1, which all
-    # are above, or 2**31 - 1, above which there is none: a class without
-    # weight, first or last, is never hit.
-    rounding = int(bits[n]) - 2**31
-    begin = [part + rounding >> 31 for part in sums]
-    above = bits[:n] > np.array(begin, np.int32)[:, None]
-    return np.add.reduce(above, 0, np.int8)
+    bits = np.empty(n // 2 + 1, np.int64)
+    torch.from_numpy(bits).random_(_LOWEST, None, generator=generator)
+    bits = bits.view(np.uint32)
+    rounding = int(bits[n])
+    # Where a class begins. What begins beyond all integers is not drawn.
+    begin = [b for part in sums if (b := part + rounding >> 32) <= _LARGEST]
+    reached = bits[:n] >= np.array(begin, np.uint32)[:, None]
+    return np.add.reduce(reached, 0, np.int8)
 
 
-def _invert_blocks(x: Tensor, n: int, temperature: float, generator):
-    """The same, from one long row: find the block, then the class in it.
-
-    Only the blocks that are hit are added up class by class.
-    """
-    weights = _weights(x, temperature)
-    if len(weights) % _WIDTH:
-        padding = (0, -len(weights) % _WIDTH)
-        weights = torch.nn.functional.pad(weights, padding)
-    weights = weights.view(-1, _WIDTH)
-    sums = weights.sum(-1, dtype=torch.float64).cumsum_(-1)
-    total = sums[-1].item()
-    if not total > 0:
-        return None
-    u = torch.rand(n, dtype=sums.dtype, generator=generator).mul_(total)
-    block = _search(sums, u)
-    before = torch.cat([sums.new_zeros(1), sums]).index_select(0, block)
-    inside = weights.index_select(0, block).double().cumsum_(-1)
-    # A block's sum may have been rounded up when it was added in one go.
-    highest = inside[:, -1] * _BELOW
-    u = torch.minimum(u.sub_(before), highest).unsqueeze_(-1)
-    index = (u >= inside).sum(-1).add_(block, alpha=_WIDTH)
-    return _permute(index, generator)
-
-
-def _search(sums: Tensor, u: Tensor) -> Tensor:
-    """Which classes `u` falls into, in ascending order; sorts `u` in place.
+def _search(sums, u):
+    """Which classes the ascending numbers `u` fall into, by their sums.
 
     A search for sorted numbers finds its branches predicted and its table in
     cache. Where there are fewer classes than numbers, the ends of the classes
     are searched for among the numbers.
     """
-    sums, u = sums.numpy(), u.numpy()
-    u.sort(-1)
-    classes, n = sums.shape[-1], u.shape[-1]
-    index = np.empty(u.shape, np.int64)
-    rows = [
-        array.reshape(-1, array.shape[-1]) for array in (sums, u, index)
-    ]
-    for ends, numbers, found in zip(*rows, strict=True):
-        if 2 * classes > n:
-            found[:] = ends.searchsorted(numbers, "right")
-            continue
-        counts = np.diff(numbers.searchsorted(ends), prepend=0)
-        found[:] = np.arange(classes).repeat(counts)
-    return torch.from_numpy(index)
+    if 2 * len(sums) > len(u):
+        return sums.searchsorted(u, "right")
+    counts = np.diff(u.searchsorted(sums), prepend=0)
+    return np.arange(len(sums)).repeat(counts)
 
 
 def _permute(index: Tensor, generator) -> Tensor:
