@@ -1,4 +1,5 @@
-"""Run every benchmark; write the report and the tables of the README."""
+"""Run every benchmark, or the parts that are named: python -m benchmarks
+sampling. Writes the report and the tables of the README."""
 
 import importlib
 import pathlib
@@ -20,8 +21,8 @@ INTRODUCTION = """\
 
 <!-- report -->
 
-Written by `make bench`; the numbers are those of one run on one machine:
-{machine}.
+Written by `make bench`; the numbers of a section are those of one run, and
+all are of one machine: {machine}.
 
 Times are CPU seconds of one thread. Ours and the peer's take turns, and each
 turn gives a ratio. A cell holds the median of the ratios and, in brackets,
@@ -46,19 +47,29 @@ def machine() -> str:
     )
 
 
+def kept(introduction: str) -> dict[str, str]:
+    """The sections of the committed report, by the names of their parts."""
+    text = REPORT.read_text(encoding="utf-8")
+    head, *pieces = re.split(r"<!-- part (\w+) -->\n", text)
+    if head.strip() != introduction.strip():
+        sys.exit("The report is of another machine: measure every part.")
+    return dict(zip(pieces[::2], pieces[1::2], strict=True))
+
+
 def main(chosen: list[str]) -> None:
     torch.set_num_threads(1)
-    parts = [INTRODUCTION.format(machine=machine())]
+    introduction = INTRODUCTION.format(machine=machine())
+    sections = kept(introduction) if chosen else {}
     for name in chosen or PARTS:
         start = time.monotonic()
         print(f"{name} ...", end=" ", flush=True)
-        parts.append(importlib.import_module(f"benchmarks.{name}").report())
+        part = importlib.import_module(f"benchmarks.{name}")
+        sections[name] = part.report()
         print(f"{time.monotonic() - start:.0f} s")
-    text = "\n\n".join(part.strip() for part in parts) + "\n"
-    if chosen:
-        print(text)
-        return
-    REPORT.write_text(text, encoding="utf-8")
+    pieces = [introduction.strip()]
+    for name in PARTS:
+        pieces.append(f"<!-- part {name} -->\n{sections[name].strip()}")
+    REPORT.write_text("\n\n".join(pieces) + "\n", encoding="utf-8")
     readme = README.read_text(encoding="utf-8")
     for name, summary in SUMMARY.items():
         place = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"

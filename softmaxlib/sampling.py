@@ -513,35 +513,34 @@ def _invert_few(x: Tensor, n: int, temperature: float, generator):
     call: Python's numbers for the weights, NumPy for the rest.
     """
     if x.ndim == 1 and n <= _STRIP:
-        sums = _integer_sums(x.tolist(), temperature)
+        sums = _sums(x.tolist(), temperature)
         if sums is None:
             return None
         draws = _strip(sums, n, generator)
         return torch.from_numpy(draws.astype(np.int64))
     rows = x.reshape(-1, x.shape[-1]).tolist()
-    sums = [_integer_sums(row, temperature) for row in rows]
-    if None in sums:
+    all_sums = [_sums(row, temperature) for row in rows]
+    if None in all_sums:
         return None
     draws = np.empty((*x.shape[:-1], n), np.int64)
-    for row, parts in zip(draws.reshape(-1, n), sums, strict=True):
+    for row, sums in zip(draws.reshape(-1, n), all_sums, strict=True):
         for start in range(0, n, _STRIP):
             size = min(_STRIP, n - start)
-            row[start : start + size] = _strip(parts, size, generator)
+            row[start : start + size] = _strip(sums, size, generator)
     return torch.from_numpy(draws)
 
 
-def _integer_sums(logits: list[float], temperature: float):
-    """Where in [0, 2**64] the classes 1, 2, ... begin; None for a bad row."""
-    top, sums, total = max(logits), [], 0.0
+def _sums(logits: list[float], temperature: float):
+    """Cumulative sums of the weights from zero on; None for a bad row."""
+    top, total = max(logits), 0.0
+    sums = [total]
     for z in logits:
-        sums.append(total)
         total += math.exp((z - top) / temperature)
-    if not total > 0:
-        return None
-    return [int(part / total * 2.0**64) for part in sums[1:]]
+        sums.append(total)
+    return sums if total > 0 else None
 
 
-def _strip(sums: list[int], n: int, generator):
+def _strip(sums: list[float], n: int, generator):
     """n draws from uniform integers of 32 bits, as an array of int8.
 
     One more integer rounds the sums to 32 bits, up as often as their other
@@ -553,8 +552,14 @@ def _strip(sums: list[int], n: int, generator):
     torch.from_numpy(bits).random_(_LOWEST, None, generator=generator)
     bits = bits.view(np.uint32)
     rounding = int(bits[n])
-    # Where a class begins. What begins beyond all integers is not drawn.
-    begin = [b for part in sums if (b := part + rounding >> 32) <= _LARGEST]
+    total = sums[-1]
+    # Where the classes 1, 2, ... begin. One that begins at the total, because
+    # no weight is left for it, begins beyond all integers.
+    begin = [
+        b
+        for part in sums[1:-1]
+        if (b := int(part / total * 2.0**64) + rounding >> 32) <= _LARGEST
+    ]
     reached = bits[:n] >= np.array(begin, np.uint32)[:, None]
     return np.add.reduce(reached, 0, np.int8)
 
