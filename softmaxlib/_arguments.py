@@ -97,7 +97,13 @@ def temperature(function: str, value) -> float:
             f"constant in derivatives, got {type(value).__name__}; to "
             f"differentiate in it, divide the logits yourself"
         )
-    value = float(value)
+    try:
+        value = float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{function}(): temperature must be a float or inf, got an "
+            f"integer beyond the range of float64; pass math.inf"
+        ) from None
     if math.isnan(value) or value < 0:
         raise ValueError(
             f"{function}(): temperature must be in [0, inf], got {value}; "

@@ -97,18 +97,19 @@ def sample(
         RuntimeError: ``mask`` cannot be broadcast, or is on another device.
 
     Accuracy: the weights are computed in float64 up to K = 4096 and for
-    float64, else in float32, good to 3e-7 (1 + (max z - z) / T) relative;
-    they are added up in float64. Uniform numbers have 53 bits. Single
-    rows of up to 32 classes are drawn from integers of 32 bits against sums
-    that are rounded at random: the probability of a draw is then right to
-    1e-19, and that of two draws is the product of theirs to 2e-20.
+    float64, else in float32, good to 3e-7 (1 + (max z - z) / T) relative
+    while (max z - z) / T < 80, and zero from 104 on; they are added up in
+    float64. Uniform numbers have 53 bits. For up to 32 classes, in a single
+    row or from 4096 draws on, they have 32 bits and the sums are rounded at
+    random: a draw has its probability to 5e-16, as float64 sums give it, and
+    the probability of two draws is the product of theirs to 2e-20.
 
     Complexity, for n draws from each row: O(K + n log K) time a row; besides
     the result a few blocks of 2 MiB, or rows of K or n entries if those are
     longer, never a float64 copy of a large batch. On a CPU many draws are
     made in sorted order and then permuted at random, so that the search finds
-    its branches predicted and its table in cache. Up to K = 32, in a single
-    row or from 4096 draws on, each number is compared with every sum.
+    its branches predicted and its table in cache. For up to 16 classes,
+    or 32 as said above, each number is compared with every sum.
 
     Example:
         >>> import torch
@@ -134,10 +135,16 @@ def sample(
         return index
     rows = _rows("sample", x, num_samples)
     index = rows.new_empty((len(rows), num_samples), dtype=torch.int64)
-    size = max(1, _BLOCK // max(rows.shape[1], num_samples, 1))
+    classes = rows.shape[1]
+    entries = max(classes, num_samples, 1)
+    if classes <= _FEW and num_samples < _ALONE:
+        entries = max(classes * num_samples, 1)
+    size = max(1, _BLOCK // entries)
     for start in range(0, len(rows) if num_samples else 0, size):
         at = slice(start, start + size)
-        some = _invert(rows[at], num_samples, temperature, generator)
+        # Contiguous: in another order of memory exp2 may round otherwise.
+        block = rows[at].contiguous()
+        some = _invert(block, num_samples, temperature, generator)
         if some is None:
             _refuse("sample", x)
         index[at] = some
@@ -473,7 +480,6 @@ def _invert(x: Tensor, n: int, temperature: float, generator):
         classes <= _FEW_ALONE
         and x.is_cpu
         and (n >= _ALONE or x.numel() == classes)
-        and 1 / _MODERATE <= temperature <= _MODERATE
     ):
         return _invert_few(x, n, temperature, generator)
     many = classes > _FEW and n >= _SORTED and x.is_cpu
@@ -501,7 +507,7 @@ def _invert(x: Tensor, n: int, temperature: float, generator):
             rows = zip(sums.numpy(), numbers, strict=True)
             index = np.stack([_search(*row) for row in rows])
         return _permute(torch.from_numpy(index), generator)
-    if classes > _FEW:
+    if classes > _FEW or n >= _ALONE:
         return torch.searchsorted(sums, u, right=True)
     return (u.unsqueeze(-2) >= sums.unsqueeze(-1)).sum(-2)
 
@@ -512,6 +518,9 @@ def _invert_few(x: Tensor, n: int, temperature: float, generator):
     For a thousand draws of five classes an operation costs what it costs to
     call: Python's numbers for the weights, NumPy for the rest.
     """
+    if not 1 / _MODERATE <= temperature <= _MODERATE:
+        top = x.amax(-1, keepdim=True)
+        x, temperature = _exponent(x, top, temperature, torch.float64), 1.0
     if x.ndim == 1 and n <= _STRIP:
         sums = _sums(x.tolist(), temperature)
         if sums is None:
@@ -544,9 +553,9 @@ def _strip(sums: list[float], n: int, generator):
     """n draws from uniform integers of 32 bits, as an array of int8.
 
     One more integer rounds the sums to 32 bits, up as often as their other
-    bits say: each draw has its probability to 64 bits. The rounding is all
-    that the draws of a strip share; it moves the probability of what two of
-    them are by at most 2**-66.
+    bits say: each draw has the probability that the sums give it to 64 bits.
+    The rounding is all that the draws of a strip share; it moves the
+    probability of what two of them are by at most 2**-66.
     """
     bits = np.empty(n // 2 + 1, np.int64)
     torch.from_numpy(bits).random_(_LOWEST, None, generator=generator)
@@ -586,10 +595,11 @@ def _permute(index: Tensor, generator) -> Tensor:
     """
     n = index.shape[-1]
     if index.ndim == 1:
-        return index.index_select(0, torch.randperm(n, generator=generator))
+        order = torch.randperm(n, generator=generator, device=index.device)
+        return index.index_select(0, order)
     order = torch.empty_like(index)
     for row in order:
-        torch.randperm(n, generator=generator, out=row)
+        torch.randperm(n, generator=generator, out=row, device=row.device)
     return index.gather(-1, order)
 
 

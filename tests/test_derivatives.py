@@ -137,6 +137,20 @@ def test_narrow_formats_are_computed_wide(dtype, temperature):
     assert testing.ulp_error(computed, true) <= 0.51
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 0.01, 0.1, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_jacobians_in_half_precision_round_once(dtype, temperature):
+    # Factors that were halves would underflow before 1/T brings them back.
+    for seed in range(20):
+        z = randn(5, seed=seed, dtype=torch.float64)
+        z = z.mul(3 * temperature).to(dtype)
+        jacobian, log_jacobian, _ = exact(z, temperature)
+        computed = d.softmax_jacobian(z, 0, temperature=temperature)
+        assert testing.ulp_error(computed, jacobian) <= 0.51
+        computed = d.log_softmax_jacobian(z, 0, temperature=temperature)
+        assert testing.ulp_error(computed, log_jacobian) <= 0.51
+
+
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(testing.logits(max_classes=6, magnitude=300))
 def test_dense_derivatives_match_the_oracle_everywhere(z):

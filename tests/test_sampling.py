@@ -444,6 +444,38 @@ def test_layout_does_not_matter(draw, n):
     assert torch.equal(flat.view_as(expect), expect)
 
 
+def test_layout_does_not_matter_beyond_float64():
+    # Long float32 rows, whose exponentials depend on where a vector ends.
+    x = torch.full((7, 4103), -5.3)
+    x[:, 0] = 0
+    x[:, -1] = -torch.rand(7, generator=generator(2)) * 0.6
+    expect = sample(x, 37_000, generator=generator(11))
+    y = sample(x.t().contiguous(), 37_000, 0, generator=generator(11))
+    assert torch.equal(y.t(), expect)
+
+
+def test_a_default_device_does_not_matter():
+    x = torch.randn(2, 40, generator=generator())
+    for z in (x, x[0], x[0, :5]):
+        expect = sample(z, 600, generator=generator())
+        with torch.device("meta"):
+            y = sample(z, 600, generator=generator())
+        assert torch.equal(y, expect)
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-40, 1e40, INF])
+def test_few_classes_at_any_temperature(temperature):
+    z = torch.tensor([1.0, 2, -INF, 2, 0], dtype=F64)
+    p = {0: [0, 0.5, 0, 0.5, 0], 1e-40: [0, 0.5, 0, 0.5, 0]}
+    wanted = np.array(p.get(temperature, [0.25, 0.25, 0, 0.25, 0.25]))
+    for rows in (z, z.expand(3, 5)):
+        for n in (1000, 5000):
+            y = sample(
+                rows, n, temperature=temperature, generator=generator()
+            )
+            assert p_value(y, wanted) > ALARM
+
+
 @pytest.mark.parametrize("draw", ALL)
 def test_the_global_generator(draw):
     x = torch.randn(50, generator=generator())
