@@ -597,6 +597,8 @@ def test_errors(draw):
     refused(TypeError, "dim must be an int", z, 2, None)
     refused(ValueError, "temperature must be in", z, 2, temperature=-1)
     refused(ValueError, "temperature must be in", z, 2, temperature=NAN)
+    beyond = "temperature must be a float or inf"
+    refused(ValueError, beyond, z, 2, temperature=10**400)
     refused(TypeError, "temperature must be", z, 2, temperature="hot")
     refused(TypeError, "mask must be of dtype bool", z, 2, mask=z)
     refused(RuntimeError, "mask must be broad", z, 2, mask=z[:2] == 0)
