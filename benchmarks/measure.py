@@ -123,8 +123,8 @@ def across_processes(
             f"_report_pairs({arguments}, {repeats}, {least})"
         )
         found.append([float(number) for number in output.split()[-3:]])
-    medians, *seconds = map(list, zip(*found, strict=True))
-    return _summary(medians, seconds)
+    medians, *columns = zip(*found, strict=True)
+    return _summary(medians, columns)
 
 
 def _report_pairs(factory, ours, theirs, sizes, repeats, least):
