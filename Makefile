@@ -1,8 +1,14 @@
 # One command each; `make help` lists them.
+#
+# The recipes need no shell but sh and no flags of it: GNU make 3.81, which
+# macOS has, ignores .SHELLFLAGS. So no recipe has a pipe, which hides the
+# failure of what stands before it, and what must not happen after a failure
+# stands behind an &&.
 
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP   := $(BIN)/python -m pip --disable-pip-version-check
 
 # The Python that makes the environment: the first of these that is 3.11 or
 # newer, or the one that you name: make book PYTHON=python3.13
@@ -13,8 +19,6 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 .DEFAULT_GOAL := help
 .PHONY: help book test lab bench lint tidy clean
 .DELETE_ON_ERROR:
-SHELL := /bin/bash
-.SHELLFLAGS := -eu -o pipefail -c
 
 help: ## this list
 	@echo "make book    build the book, strictly; prints the page to open"
@@ -28,13 +32,16 @@ help: ## this list
 	@echo "Each makes its environment in $(VENV) when it is missing or outdated."
 	@echo "Next: make book"
 
-# The environment: made once, and brought up to date when a pin changes.
+# The environment: made once, and brought up to date when a pin changes. The
+# stamp says that the last installation succeeded.
 $(STAMP): requirements.txt pyproject.toml
+	@rm -f $@
 	@if ! $(BIN)/python -c '$(NEW_ENOUGH)' 2>/dev/null; then \
+	  found=; \
 	  for python in $(PYTHON); do \
 	    if $$python -c '$(NEW_ENOUGH)' 2>/dev/null; then found=$$python; break; fi; \
 	  done; \
-	  if [ -z "$${found:-}" ]; then \
+	  if [ -z "$$found" ]; then \
 	    echo "Python 3.11 or newer is needed; tried: $(PYTHON)." >&2; \
 	    echo "Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; \
 	    exit 1; \
@@ -43,10 +50,7 @@ $(STAMP): requirements.txt pyproject.toml
 	  $$found -m venv --clear $(VENV); \
 	fi
 	@echo "Installing the packages of requirements.txt (a few minutes, once)"
-	@$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt \
-	  | awk '/^(Collecting|Installing|Successfully)/ { print; fflush() }'
-	@$(BIN)/python -m pip check --disable-pip-version-check
-	@touch $@
+	@$(PIP) install -r requirements.txt && $(PIP) check && touch $@
 
 book: $(STAMP)
 	@$(BIN)/python tools/build_book.py
@@ -72,7 +76,7 @@ tidy: $(STAMP)
 	@echo "Tidy. Next: make test"
 
 clean:
-	@rm -rf _build .exec .coverage .coverage.* .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	@rm -rf _build .exec .coverage .coverage.* .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
 	@find softmaxlib tests tools benchmarks _ext chapters -type d \
 	  \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} + 2>/dev/null || true
 	@echo "Clean. Next: make book (delete $(VENV) too for a new environment)"

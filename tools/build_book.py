@@ -52,12 +52,29 @@ SITE = (
 IGNORED = {"__pycache__", ".ipynb_checkpoints"}
 
 # Notebooks run on one thread, so that two of them can share a machine, and
-# a numerical warning is an error in them.
+# a numerical warning is an error in them; what pyzmq warns of on Windows is
+# none. Their kernel is that of tools/jupyter: it says nothing below an
+# error, because ipykernel warns at every start that its messages are not
+# encrypted, and they are signed and never leave this machine.
 KERNEL_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
-    "PYTHONWARNINGS": "error::RuntimeWarning",
+    "PYTHONWARNINGS": "error::RuntimeWarning,"
+    "ignore:Proactor event loop:RuntimeWarning",
+    "PYTHONUTF8": "1",  # files are UTF-8 on every system
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    "JUPYTER_PATH": str(ROOT / "tools" / "jupyter"),
 }
+
+
+def tool(name: str) -> str:
+    """Return the path of a command of this interpreter's environment."""
+    found = shutil.which(name, path=str(Path(sys.executable).parent))
+    if found is None:
+        raise SystemExit(
+            f"{name} is missing beside {sys.executable}: "
+            "install requirements.txt there, or use `make`."
+        )
+    return found
 
 
 def digest(*names: str) -> str:
@@ -128,8 +145,7 @@ def main() -> int:
         return 0
     if arguments.executed:
         fill_cache(arguments.executed)
-    jupyter_book = Path(sys.executable).with_name("jupyter-book")
-    command = [str(jupyter_book), "build", "."]
+    command = [tool("jupyter-book"), "build", "."]
     # -W: a warning is an error; -n: so is a reference that leads nowhere.
     command += ["-W", "-n", "--keep-going"]
     code = subprocess.call(command, env=os.environ | KERNEL_ENVIRONMENT)

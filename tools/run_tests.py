@@ -15,11 +15,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
-from build_book import BUILD, KERNEL_ENVIRONMENT, ROOT
+from build_book import BUILD, KERNEL_ENVIRONMENT, ROOT, tool
 
-BIN = Path(sys.executable).parent  # this interpreter's own tools
 EXECUTED = ROOT / ".exec" / "chapters"
 
 # The tests of the book are not unit tests: they do not count for coverage.
@@ -28,7 +26,7 @@ SITE = ("test_site.py",)
 
 
 def pytest(*arguments: str) -> list[str]:
-    return [str(BIN / "pytest"), *arguments]
+    return [tool("pytest"), *arguments]
 
 
 def here(*names: str) -> list[str]:
@@ -37,12 +35,13 @@ def here(*names: str) -> list[str]:
 
 
 def style() -> list[list[str]]:
-    """ruff and nbstripout: style, and no outputs in the notebooks."""
+    """ruff, nbstripout, mypy: style, no outputs in the notebooks, types."""
     notebooks = map(str, sorted((ROOT / "chapters").glob("*.ipynb")))
     return [
-        [str(BIN / "ruff"), "check", "."],
-        [str(BIN / "ruff"), "format", "--check", "."],
-        [str(BIN / "nbstripout"), "--verify", "--keep-id", *notebooks],
+        [tool("ruff"), "check", "."],
+        [tool("ruff"), "format", "--check", "."],
+        [tool("nbstripout"), "--verify", "--keep-id", *notebooks],
+        [tool("mypy")],
     ]
 
 
