@@ -128,7 +128,8 @@ def fill_cache(folder: Path) -> None:
 def report_failures() -> None:
     """Print the tracebacks of the notebooks that failed."""
     for log in sorted((BUILD / "html" / "reports").rglob("*.err.log")):
-        print(f"\n{log.relative_to(BUILD)}\n{log.read_text()}", flush=True)
+        text = log.read_text(encoding="utf-8")
+        print(f"\n{log.relative_to(BUILD)}\n{text}", flush=True)
 
 
 def main() -> int:

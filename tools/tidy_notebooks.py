@@ -57,7 +57,7 @@ def tidy(path: Path) -> bool:
     }
     after = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
     if after != before:
-        path.write_text(after, encoding="utf-8")
+        path.write_text(after, encoding="utf-8", newline="\n")
     return after != before
 
 
