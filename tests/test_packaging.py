@@ -92,31 +92,22 @@ def test_the_source_distribution_forgets_no_file(unpacked):
 
 
 def test_the_unpacked_tests_are_collected_and_pass(unpacked):
-    """All of them are collected, and a fast part of them is run."""
-    tests = [path.name for path in (ROOT / "tests").glob("test_*.py")]
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    found = python(
-        *("-m", "pytest", *options, "-rA", "--collect-only", "tests"),
-        cwd=unpacked,
-        path=unpacked,
-    )
-    for test in tests:
-        assert f"tests/{test}::" in found
+    """All of them are collected, or pytest fails; a fast part is run."""
     (unpacked / "tests" / "test_here.py").write_text(
         "import softmaxlib\n\n\ndef test_here():\n"
         f"    assert softmaxlib.__file__.startswith({str(unpacked)!r})\n"
     )
-    chosen = ("here", "modules", "testing")
     said = python(
-        *("-m", "pytest", *options),
-        *(f"tests/test_{name}.py" for name in chosen),
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"),
+        *("-k", "test_here or test_modules or test_golden", "tests"),
         cwd=unpacked,
         path=unpacked,
     )
-    passed = re.search(r"(\d+) passed", said)
-    assert passed, said
-    assert int(passed[1]) > 10
-    assert not re.search("skipped|failed|error", said)
+    match = re.search(r"(\d+) passed, (\d+) deselected in", said)
+    assert match, said
+    passed, others = map(int, match.groups())
+    assert passed > 10
+    assert others > 500
 
 
 # --------------------------------------------------------------- the wheel
