@@ -1,570 +1,436 @@
-"""The arithmetic under `softmaxlib.functional`, on plain tensors.
+"""The arithmetic on plain tensors: values, products, matrices, losses.
 
-Nothing here checks arguments or is differentiable: `functional` does both.
-A kernel walks over the tensor in tiles of rows, computes each tile in the
-working precision and rounds once. Two arithmetics share one skeleton:
-
-* *wide*: float16, bfloat16 and float32 are computed in float64, where the
-  shift is as good as exact and exp may be evaluated as a power of two;
-* *compensated*: float64, or float32 on a device without float64. What the
-  shift and the division by the temperature round away is kept as a second
-  term, and the largest entry is summed apart.
+Nothing here checks arguments or is differentiable: the public modules and
+`_autograd` do that. A kernel takes checked tensors, the class dimension and
+the temperature T, computes in the working format, rounds once, and returns
+the result; those of values can write it into `out`, contiguous, which may be
+the first tensor.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from softmaxlib import _doubledouble
+from softmaxlib import _blocks
+from softmaxlib._blocks import Rows
 
-# Elements of a tile: 2**18 float64 numbers (2 MiB) stay in cache. A longer
-# row is held whole up to 2**20 (8 MiB); beyond, it is computed twice, for
-# the sum and for the values. The compensated arithmetic, which holds four
-# buffers, takes a quarter of both.
-_TILE, _ROW = 2**18, 2**20
-# Below this size the Python around a tile costs more than the arithmetic.
+# An optional tensor.
+Mask = Tensor | None
+
+# Up to this size PyTorch's own kernels are used, in float64: the Python
+# around a block would cost more than the arithmetic, and on so few terms
+# their serial sums are good to far more than the formats rounded to.
 _SMALL = 2**12
-# Columns of a tile over a strided dimension: at least a cache line.
-_LANES = 16
-
-# What stands for temperatures 0 and inf in the wide arithmetic: different
-# float32 logits lie between 1e-45 and 1e39 apart, so that these products are
-# beyond the range of exp, or too small to matter, and never 0 * inf.
-_SMALLEST_INVERSE, _LARGEST_INVERSE = 1e-300, 1e300
-
-# From this share of the total on, subtracting the largest weight (exactly
-# one) from a float64 sum costs at most 2**-36 relative.
-_CONFIDENT = 2.0**-16
-
-# Below this offset 53 bits hold a base-2 exponent to 2**-33, so that scaling
-# before shifting does no harm.
-_MODERATE = 2.0**20
-
-# Below this share of its terms, m + log(sum) has cancelled so far that 53
-# bits do not round correctly to 24; see `_doubledouble`.
-_CANCELLED = 2.0**-21
+# Where they lose digits of small results: nearer to zero than this.
+_NEAR_ZERO = 2.0**-10
+# Up to this largest probability nothing cancels that a shift would save.
+_UNSURE = 0.9
+# Up to this many classes a running sum in float32 is good enough.
+_SHORT = 2**10
 
 
-def work_dtype(device: torch.device) -> torch.dtype:
-    """The widest format of the device."""
-    return torch.float32 if device.type == "mps" else torch.float64
+# --- values --------------------------------------------------------------
 
 
-def compensates(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `device` offers no wider format to compute `dtype` in."""
-    return dtype == torch.float64 or dtype == work_dtype(device)
+def softmax(
+    x: Tensor, mask: Mask, dim: int, T: float, out: Mask = None
+) -> Tensor:
+    """The softmax."""
+    if T == 1 and _is_small(x, mask):
+        return _round(torch.softmax(x, dim, dtype=torch.float64), x, out)
+    out = x.new_empty(x.shape) if out is None else out
+    for rows, target in _blocks.weighed(dim, T, x, mask, out):
+        _write_shares(rows, target, rows.total())
+    return out
 
 
-def as_rows(x: Tensor, dim: int) -> Tensor:
-    """View `x` as (outer, inner, K); a copy only where strides forbid it."""
-    shape = x.shape
-    outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
-    return x.reshape(outer, shape[dim], inner).transpose(1, 2)
+def logsumexp_gradient(x: Tensor, mask: Mask, dim: int, T: float) -> Tensor:
+    """The softmax, but where a logit is +inf it is NaN and the others 0."""
+    out = x.new_empty(x.shape)
+    for rows, target in _blocks.weighed(dim, T, x, mask, out):
+        total = rows.total().masked_fill_(rows.top == math.inf, 1)
+        _write_shares(rows, target, total)
+    return out
 
 
-class Scratch:
-    """Buffers that the tiles of one call share.
-
-    A fresh buffer for every step would cost more in page faults than the
-    arithmetic.
-    """
-
-    def __init__(self, x: Tensor, size: int):
-        self.dtype, self.device = work_dtype(x.device), x.device
-        self.size = size
-        self.flat, self.shaped = {}, {}
-
-    def __call__(self, name: str, like: Tensor) -> Tensor:
-        """The buffer `name`, in the shape and memory order of `like`."""
-        key = name, like.shape
-        if key not in self.shaped:
-            if name not in self.flat:
-                self.flat[name] = torch.empty(
-                    self.size, dtype=self.dtype, device=self.device
-                )
-            outer, inner, classes = like.shape
-            flat = self.flat[name][: like.numel()]
-            view = flat.view(outer, classes, inner).transpose(1, 2)
-            self.shaped[key] = view
-        return self.shaped[key]
-
-
-class Tile:
-    """Some rows of the input, shape (outer, inner, K), and their weights.
-
-    What a method returns stands in the scratch buffer that its docstring
-    names, until the next call that uses it.
-    """
-
-    def __init__(self, x, mask, temperature, chunks, scratch):
-        self.x, self.mask, self.temperature = x, mask, temperature
-        self.chunks, self.scratch = chunks, scratch
-        self.compensated = compensates(x.dtype, x.device)
-        self.whole = len(chunks) == 1
-        self.slope = math.log2(math.e) * inverse(temperature)
-
-    def select(self, rows: Tensor) -> "Tile":
-        """The rows where the boolean `rows` (outer, inner) is True."""
-        x = self.x[rows].unsqueeze(1)
-        mask = None if self.mask is None else self.mask[rows].unsqueeze(1)
-        return Tile(x, mask, self.temperature, self.chunks, self.scratch)
-
-    def logits(self, chunk: slice) -> Tensor:
-        """Logits in the working precision, -inf where masked ("logits").
-
-        Without a mask, float64 logits are the input itself: read only.
-        """
-        x = self.x if self.whole else self.x[..., chunk]
-        if self.mask is None and x.dtype == self.scratch.dtype:
-            return x
-        z = self.scratch("logits", x).copy_(x)
-        if self.mask is not None:
-            z.masked_fill_(~self.mask[..., chunk], -math.inf)
-        return z
-
-    def top(self) -> Tensor:
-        """The largest logit of each row, NaN if there is a NaN."""
-        if self.mask is None and self.x.dtype == torch.float32:
-            return _amax(self.x).to(self.scratch.dtype)
-        tops = [_amax(self.logits(c)) for c in self.chunks]
-        return tops[0] if self.whole else _amax(torch.cat(tops, -1))
-
-    def exponent(self, chunk: slice, top: Tensor):
-        """(z - top) / T as a pair whose sum is meant ("logits" or "high").
-
-        In the wide arithmetic the second is None.
-        """
-        if self.compensated:
-            return self._two_term_exponent(self.logits(chunk), top)
-        z = self.logits(chunk).sub_(top)
-        if self.temperature != 1:
-            z *= inverse(self.temperature)
-        return z, None
-
-    def weights(self, chunk, top, total=None, offset=None) -> Tensor:
-        """exp((z - top) / T), over `total` if given ("logits" or "high")."""
-        if self.compensated:
-            high, low = self.exponent(chunk, top)
-            weights = high.exp_()
-            weights.addcmul_(weights, low)
-            return weights if total is None else weights.div_(total)
-        # exp2 is several times faster than exp. Rounding the exponent costs
-        # 2**-45 relative where the result is above 1e-45.
-        z, slope = self.logits(chunk), self.slope
-        if offset is not None:
-            return torch.add(offset, z, alpha=slope, out=z).exp2_()
-        weights = z.sub_(top).mul_(slope).exp2_()
-        return weights if total is None else weights.div_(total)
-
-    def offset(self, top: Tensor, total=None) -> Tensor | None:
-        """What, added to slope * z, is the base-2 exponent of the weights.
-
-        One pass instead of three over the chunks of a long row. None where
-        the row is held whole, or so far from zero that adding would cost
-        accuracy.
-        """
-        if self.whole or self.compensated:
-            return None
-        offset = top * -self.slope
-        if total is not None:
-            offset -= total.log2()
-        return offset if (offset.abs() < _MODERATE).all() else None
-
-    def total(self, top: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the weights, and the weights of the last chunk."""
-        if self.compensated:
-            rest, weights = self._rest_apart(top)
-            return rest + 1, weights
-        sums, offset = [], self.offset(top)
-        for chunk in self.chunks:
-            weights = self.weights(chunk, top, offset=offset)
-            sums.append(weights.sum(-1, keepdim=True))
-        return add_up(sums), weights
-
-    def rest(self, top: Tensor) -> Tensor:
-        """Sum of the weights without the largest, which is one.
-
-        The logarithm of 1 + rest is then log1p(rest), right even where the
-        rest is far below the spacing of numbers near one.
-        """
-        if self.compensated:
-            return self._rest_apart(top)[0]
-        total, weights = self.total(top)
-        rest = total - 1
-        confident = (rest < _CONFIDENT).squeeze(-1)
-        if confident.any():
-            if self.whole:
-                parts = (weights[confident],)
-            else:
-                few, few_top = self.select(confident), top[confident]
-                parts = (
-                    few.weights(c, few_top.unsqueeze(1)).squeeze(1)
-                    for c in self.chunks
-                )
-            # Here exactly one weight exceeds a half.
-            rest[confident] = add_up(
-                [
-                    p.masked_fill(p > 0.5, 0).sum(-1, keepdim=True)
-                    for p in parts
-                ]
-            )
-        return rest
-
-    def _rest_apart(self, top):
-        index = self.argmax(top)
-        sums = []
-        for chunk in self.chunks:
-            weights = self.weights(chunk, top)
-            sums.append(_sum_without(weights, index - chunk.start))
-        # Both the sum and the weight left out are NaN if top is infinite.
-        nan = top - top
-        _put(weights, index - chunk.start, 1 + nan)
-        return add_up(sums).add_(nan), weights
-
-    def argmax(self, top: Tensor) -> Tensor:
-        """Index of one of the largest logits in each row."""
-        if self.whole:
-            plain = self.mask is None
-            z = self.x if plain else self.logits(self.chunks[0])
-            return z.argmax(-1, keepdim=True)
-        index = torch.zeros_like(top, dtype=torch.int64)
-        for chunk in self.chunks:
-            z = self.logits(chunk)
-            here = z.argmax(-1, keepdim=True)
-            found = z.gather(-1, here) == top
-            index = torch.where(found, here + chunk.start, index)
-        return index
-
-    def load(self, name: str, source: Tensor, chunk: slice) -> Tensor:
-        """Another tensor's chunk, 0 where masked (buffer `name`)."""
-        source = source[..., chunk]
-        values = self.scratch(name, source).copy_(source)
-        if self.mask is not None:
-            values.masked_fill_(~self.mask[..., chunk], 0)
-        return values
-
-    def centre(self, source: Tensor, index: Tensor) -> Tensor:
-        """Another tensor's value at `index`, 0 where masked."""
-        value = source.gather(-1, index).to(self.scratch.dtype)
-        if self.mask is not None:
-            value.masked_fill_(~self.mask.gather(-1, index), 0)
-        return value
-
-    def write(self, target, chunk, values, masked: float):
-        """Round `values` into `target`; masked entries become `masked`."""
-        if self.mask is not None:
-            values.masked_fill_(~self.mask[..., chunk], masked)
-        if self.whole:
-            target.copy_(values)
-        else:
-            target[..., chunk].copy_(values)
-
-    def _two_term_exponent(self, z, top):
-        temperature = self.temperature
-        if temperature == 0:
-            high = torch.where(z < top, -math.inf, z - top)
-            return high, torch.zeros_like(high)
-        if temperature == math.inf:
-            # Not (z - top) * 0: the difference may overflow.
-            high = z * 0 - top * 0
-            high.masked_fill_(z == -math.inf, -math.inf)
-            return high, torch.zeros_like(high)
-        # Powers of two are divided out exactly: before the shift where
-        # T > 1, so that no difference overflows that the division would
-        # bring back.
-        exponent = math.frexp(temperature)[1]
-        if exponent > 1:
-            scale = math.ldexp(1.0, -exponent)
-            z, top = z * scale, top * scale
-            temperature *= scale
-        # Knuth: z - top = high + low exactly.
-        high = torch.sub(z, top, out=self.scratch("high", z))
-        back = torch.sub(high, z, out=self.scratch("back", z))
-        low = torch.sub(high, back, out=self.scratch("low", z))
-        torch.sub(z, low, out=low).sub_(back.add_(top))
-        if temperature != 1:
-            if exponent < 0:
-                scale = math.ldexp(1.0, min(-exponent, 1000))
-                high, low = high * scale, low * scale
-                temperature *= scale
-            divisor = torch.tensor(
-                temperature, dtype=z.dtype, device=z.device
-            )
-            quotient = high / divisor
-            product, error = _two_product(quotient, divisor)
-            # What a narrow format has rounded off the temperature.
-            error += quotient * (temperature - divisor.item())
-            low = (high - product).sub_(error).add_(low).div_(divisor)
-            high = quotient
-        # inf - inf where high is infinite: nothing to correct there.
-        return high, low.nan_to_num_(0, 0, 0)
-
-
-def _amax(z: Tensor) -> Tensor:
-    """Maximum over the last dimension of (outer, inner, K), kept."""
-    _, inner, classes = z.shape
-    if not 1 < inner < 64 or classes < 64:
-        return z.amax(-1, keepdim=True)
-    # Over a narrow strided dimension torch.amax is 30 times slower than
-    # over a wide one: fold first.
-    z = z.transpose(1, 2)
-    fold = math.isqrt(classes)
-    head = fold * (classes // fold)
-    top = z[:, :head].unflatten(1, (fold, -1)).amax(1).amax(1, keepdim=True)
-    if head < classes:
-        top = torch.maximum(top, z[:, head:].amax(1, keepdim=True))
-    return top.transpose(1, 2)
-
-
-def _sum_without(x: Tensor, index: Tensor) -> Tensor:
-    """Sum over the last dimension of `x` with x[index] set to zero.
-
-    An index outside of [0, K) belongs to another chunk.
-    """
-    _put(x, index, torch.zeros_like(index, dtype=x.dtype))
-    return x.sum(-1, keepdim=True)
-
-
-def _put(x: Tensor, index: Tensor, value: Tensor) -> None:
-    """x[index] = value in each row whose index lies in [0, K)."""
-    inside = (index >= 0) & (index < x.shape[-1])
-    index = torch.where(inside, index, 0)
-    value = torch.where(inside, value, x.gather(-1, index))
-    x.scatter_(-1, index, value)
-
-
-def add_up(parts: list[Tensor]) -> Tensor:
-    """Sum of tensors of shape (..., 1)."""
-    return (
-        parts[0]
-        if len(parts) == 1
-        else torch.cat(parts, -1).sum(-1, keepdim=True)
-    )
-
-
-def inverse(temperature: float) -> float:
-    """1 / T, with finite positive stand-ins for the limits 0 and inf."""
-    if temperature == 0:
-        return _LARGEST_INVERSE
-    return min(max(1 / temperature, _SMALLEST_INVERSE), _LARGEST_INVERSE)
-
-
-def tiles(
-    x: Tensor,
-    mask: Tensor | None,
-    dim: int,
-    temperature: float,
-    *others: Tensor,
-) -> Iterator[tuple[Tile, ...]]:
-    """Cover `x` with tiles; yields each with its part of the others."""
-    if not x.numel():
-        return
-    x = as_rows(x, dim)
-    mask = None if mask is None else as_rows(mask, dim)
-    others = [as_rows(other, dim) for other in others]
-    outer, inner, classes = x.shape
-    size, longest = _TILE * torch.get_num_threads(), _ROW
-    if compensates(x.dtype, x.device):
-        size, longest = size // 4, longest // 4
-    lanes = min(inner, max(size // classes // _LANES, 1) * _LANES)
-    chunk = min(classes, max(size, longest) // lanes)
-    rows = max(1, size // (classes * lanes))
-    chunks = [
-        slice(k, min(k + chunk, classes)) for k in range(0, classes, chunk)
-    ]
-    scratch = Scratch(x, min(rows, outer) * lanes * chunk)
-    for o in range(0, outer, rows):
-        for i in range(0, inner, lanes):
-            at = slice(o, o + rows), slice(i, i + lanes)
-            part = None if mask is None else mask[at]
-            tile = Tile(x[at], part, temperature, chunks, scratch)
-            yield tile, *(other[at] for other in others)
-
-
-def _two_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Dekker: a * b = product + error exactly, barring over/underflow."""
-    split = 2.0**27 + 1 if a.dtype == torch.float64 else 2.0**12 + 1
-    a_high = _upper_half(a, split)
-    b_high = _upper_half(b, split)
-    a_low, b_low = a - a_high, b - b_high
-    product = a * b
-    error = a_high * b_high - product
-    error += a_high * b_low
-    error += a_low * b_high
-    error += a_low * b_low
-    return product, error
-
-
-def _upper_half(a, split):
-    c = a * split
-    return c - (c - a)
-
-
-def _has_cancelled(value, top, log_rest):
-    """Where top + log_rest has lost too many bits."""
-    return value.abs() < torch.maximum(top.abs(), log_rest) * _CANCELLED
-
-
-def _is_small(x: Tensor, mask: Tensor | None) -> bool:
-    """Whether to compute at once, in float64 and without a mask."""
-    return (
-        0 < x.numel() <= _SMALL
-        and mask is None
-        and x.dtype != torch.float64
-        and work_dtype(x.device) == torch.float64
-    )
-
-
-def _direct(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """z - top, top and log(1 + rest) in float64, without tiles."""
-    z = x.to(torch.float64)
-    index = z.argmax(dim, keepdim=True)
-    top = z.gather(dim, index)
-    high = z - top
-    weights = high.exp()
-    # NaN where top is infinite, else 0: the largest weight is left out.
-    weights.scatter_(dim, index, top - top)
-    return high, top, weights.sum(dim, keepdim=True).log1p_()
-
-
-def softmax(x, mask, dim, temperature, out, isolate=False):
-    """Write the softmax of `x` into the contiguous `out` (may be `x`).
-
-    With `isolate`, an infinite logit makes itself NaN and the others 0, as
-    in the gradient of log-sum-exp, instead of the whole row NaN.
-    """
-    if temperature == 1 and not isolate and _is_small(x, mask):
-        # PyTorch's own kernel in float64: on so few terms its serial sum is
-        # good to far more than the formats it is rounded to.
-        out.copy_(torch.softmax(x, dim, dtype=torch.float64))
-        return
-    for tile, target in tiles(x, mask, dim, temperature, out):
-        top = tile.top()
-        total, weights = tile.total(top)
-        if isolate:
-            total.masked_fill_(top == math.inf, 1)
-        offset = tile.offset(top, total)
-        # The weights of the last chunk are still there.
-        if tile.compensated:
+def _write_shares(rows: Rows, target: Tensor, total: Tensor) -> None:
+    """Write the weights over their total."""
+    for piece in rows.pieces:
+        weights = rows.weights(piece)
+        if _blocks.compensates(rows.x):
             weights /= total
-        else:
+        else:  # a product is faster, and exact enough
             weights *= total.reciprocal()
-        tile.write(target, tile.chunks[-1], weights, 0.0)
-        for chunk in tile.chunks[:-1]:
-            weights = tile.weights(chunk, top, total, offset)
-            tile.write(target, chunk, weights, 0.0)
+        rows.write(target, piece, weights, 0.0)
 
 
-def logsumexp_gradient(x, mask, dim, temperature, out):
-    """Write the softmax of `x`, isolating infinite logits."""
-    softmax(x, mask, dim, temperature, out, isolate=True)
-
-
-def log_softmax(x, mask, dim, temperature, out):
-    """Write the log-softmax of `x` into the contiguous `out` (or `x`)."""
-    if temperature == 1 and _is_small(x, mask):
-        high, _, log_rest = _direct(x, dim)
-        out.copy_(high.sub_(log_rest))
-        return
-    for tile, target in tiles(x, mask, dim, temperature, out):
-        top = tile.top()
-        log_total = tile.rest(top).log1p_()
-        for chunk in tile.chunks:
-            high, low = tile.exponent(chunk, top)
+def log_softmax(
+    x: Tensor, mask: Mask, dim: int, T: float, out: Mask = None
+) -> Tensor:
+    """The logarithm of the softmax."""
+    if T == 1 and _is_small(x, mask):
+        value = torch.log_softmax(x, dim, dtype=torch.float64)
+        if value.amax().item() < -_NEAR_ZERO:
+            return _round(value, x, out)
+    out = x.new_empty(x.shape) if out is None else out
+    for rows, target in _blocks.weighed(dim, T, x, mask, out):
+        log_total = rows.rest().log1p_()
+        for piece in rows.pieces:
+            high, low = rows.exponents(piece)
             high -= log_total if low is None else log_total - low
-            tile.write(target, chunk, high, -math.inf)
+            rows.write(target, piece, high, -math.inf)
+    return out
 
 
-def logsumexp(x, mask, dim, temperature, out):
-    """Write the log-sum-exp of `x` into `out`, of shape (..., 1, ...).
-
-    The temperature is there for the sake of a common signature, and 1.
-    """
+def logsumexp(
+    x: Tensor, mask: Mask, dim: int, T: float, out: Mask = None
+) -> Tensor:
+    """The log-sum-exp, with the class dimension kept; T is 1."""
+    if _is_small(x, mask):
+        value = x.to(torch.float64).logsumexp(dim, keepdim=True)
+        if value.abs().amin().item() > _NEAR_ZERO:
+            return _round(value, x, out)
+    shape = _one_class(x, dim)
+    out = x.new_empty(shape) if out is None else out.view(shape)
     if not x.shape[dim]:
         out.fill_(-math.inf)
-    if _is_small(x, mask):
-        _, top, log_rest = _direct(x, dim)
-        value = torch.where(top.isinf(), top, top + log_rest)
-        if not _has_cancelled(value, top, log_rest).any():
-            out.copy_(value)
-            return
-    for tile, target in tiles(x, mask, dim, temperature, out):
-        top = tile.top()
+    for rows, target in _blocks.weighed(dim, T, x, mask, out):
         # An infinite maximum is its own log-sum-exp, and inf - inf is not.
-        infinite = top.isinf()
-        shift = top.masked_fill(infinite, 0)
-        log_rest = tile.rest(shift).log1p_()
-        value = torch.where(infinite, top, shift + log_rest)
-        if not tile.compensated:
-            cancelled = _has_cancelled(value, shift, log_rest).squeeze(-1)
-            if cancelled.any():
-                few = tile.select(cancelled)
-                value[cancelled] = _doubledouble.logsumexp(
-                    [few.logits(c).squeeze(1).clone() for c in few.chunks],
-                    shift[cancelled],
-                )
-        target.copy_(value)
+        value = rows.top + rows.rest().log1p_()
+        target.copy_(torch.where(rows.top.isinf(), rows.top, value))
+    return out
 
 
-def softmax_vjp(y, v, mask, dim, temperature, out):
-    """Write y (v - y . v) / T into the contiguous `out` (may be `v`).
+def _one_class(x: Tensor, dim: int) -> list[int]:
+    return [*x.shape[:dim], 1, *x.shape[dim + 1 :]]
 
-    The Jacobian sends constants to zero, so `v` may be centred at the
-    largest probability first: what would cancel there never appears.
+
+def _round(value: Tensor, x: Tensor, out: Mask) -> Tensor:
+    """A result of a few numbers in the format of x."""
+    if out is None:
+        return value.to(x.dtype)
+    return out.view(value.shape).copy_(value)
+
+
+def _is_small(x: Tensor, mask: Mask) -> bool:
+    wide = _blocks.compensates(x) or x.is_mps
+    return mask is None and not wide and 0 < x.numel() <= _SMALL
+
+
+# --- products with derivatives -------------------------------------------
+
+
+def softmax_vjp(
+    y: Tensor, v: Tensor, mask: Mask, dim: int, T: float
+) -> Tensor:
+    """y (v - y . v) / T for the softmax y."""
+
+    def block(d: int, p: Tensor, t: Tensor, m: Mask) -> Tensor:
+        t = t if m is None else t.masked_fill(~m, 0)
+        return _multiply(_blocks.widen(p), _blocks.widen(t), d, T)
+
+    return _by_blocks(block, dim, y, v, mask)
+
+
+def log_softmax_vjp(
+    x: Tensor, v: Tensor, mask: Mask, dim: int, T: float
+) -> Tensor:
+    """(v - softmax(x) sum(v)) / T: minus s p - y, with v for the targets."""
+
+    def block(d: int, z: Tensor, t: Tensor, m: Mask) -> Tensor:
+        y = t.to(_blocks.work_dtype(z.device), copy=True)
+        if m is not None:
+            z, y = z.masked_fill(~m, -math.inf), y.masked_fill_(~m, 0)
+        result = _difference(_probabilities(z, d, T), y, d)
+        result *= -_blocks.slope(T)
+        return result if m is None else result.masked_fill_(~m, 0)
+
+    return _by_blocks(block, dim, x, v, mask)
+
+
+def softmax_jvp(x: Tensor, v: Tensor, dim: int, T: float) -> Tensor:
+    """The Jacobian of softmax at the logits x times v."""
+
+    def block(d: int, z: Tensor, t: Tensor) -> Tensor:
+        p = _probabilities(z, d, T)
+        return _multiply(p, _cast(t, p.dtype), d, T)
+
+    return _by_blocks(block, dim, x, v)
+
+
+def _multiply(p: Tensor, v: Tensor, dim: int, T: float) -> Tensor:
+    """p (v - p . v) / T for probabilities in the working format.
+
+    The Jacobian sends constants to zero, so `v` is centred at the largest
+    probability first: what would cancel there never appears.
     """
-    scale = slope(temperature)
-    for tile, target, part in tiles(y, mask, dim, temperature, out, v):
-        centre = tile.centre(part, tile.x.argmax(-1, keepdim=True))
-        sums = []
-        for chunk in tile.chunks:
-            product = tile.load("product", part, chunk).sub_(centre)
-            product *= tile.load("logits", tile.x, chunk)
-            sums.append(product.sum(-1, keepdim=True))
-        mean = add_up(sums)
-        for chunk in tile.chunks:
-            product = tile.load("product", part, chunk)
-            # Not in one: that would bring the cancellation back.
-            product.sub_(centre).sub_(mean)
-            product *= tile.load("logits", tile.x, chunk)
-            if scale != 1:
-                product *= scale
-            tile.write(target, chunk, product, 0.0)
+    if is_confident(p):
+        v = v - v.gather(dim, p.argmax(dim, keepdim=True))
+    result = weighted_deviation(p, v, dim)
+    return result if T == 1 else result.mul_(_blocks.slope(T))
 
 
-def log_softmax_vjp(x, v, mask, dim, temperature, out):
-    """Write (v - softmax(x) sum(v)) / T into the contiguous `out`.
+def softmax_hvp(
+    x: Tensor, u: Tensor, v: Tensor, dim: int, T: float
+) -> Tensor:
+    """The second derivative of softmax contracted with u and v."""
+    single = x.dtype == torch.float32
 
-    At the largest logit that is -sum(other v) + (1 - p) sum(v), with 1 - p
-    from the other weights: there p itself would round to one.
+    def block(d: int, z: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        if single and T == 1 and z.shape[d] <= _SHORT:
+            # Conversions would take half of the time of a short row.
+            p = torch.softmax(z, d)
+        else:
+            p = _probabilities(z, d, T)
+        if single:
+            # Where the largest p rounds to one, the means are its a and b:
+            # the products of their errors are nothing to the covariance.
+            p = _cast(p, x.dtype)
+        else:
+            a, b = _cast(a, p.dtype), _cast(b, p.dtype)
+            if is_confident(p):
+                index = p.argmax(d, keepdim=True)
+                a, b = a - a.gather(d, index), b - b.gather(d, index)
+        product = _deviation(p, a, d).mul_(_deviation(p, b, d))
+        result = weighted_deviation(p, product, d)
+        if T != 1:
+            # One by one: the square may overflow where the result does not.
+            result.mul_(_blocks.slope(T)).mul_(_blocks.slope(T))
+        return result
+
+    return _by_blocks(block, dim, x, u, v)
+
+
+def _by_blocks(
+    block: Callable[..., Tensor], dim: int, x: Tensor, *others: Mask
+) -> Tensor:
+    """Compute all rows at once, or a cacheful of rows at a time."""
+    size = max(_blocks.SHARED * torch.get_num_threads(), x.shape[dim])
+    if x.numel() <= size:
+        return _cast(block(dim, x, *others), x.dtype)
+    out = x.new_empty(x.shape)
+    for *part, target in _blocks.blocks(dim, size, x, *others, out):
+        target.copy_(block(2, *part))
+    return out
+
+
+def is_confident(p: Tensor) -> bool:
+    """Whether some probability is large, or NaN: it may hide such a row."""
+    return p.numel() > 0 and not p.amax().item() <= _UNSURE
+
+
+def weighted_deviation(p: Tensor, v: Tensor, dim: int) -> Tensor:
+    """p times (v minus its mean under p)."""
+    if p.dtype != torch.float64 and p.shape[dim] > _SHORT:
+        return _deviation(p, v, dim).mul_(p)
+    # The same in a single operation, but the mean is a plain running sum.
+    return torch._softmax_backward_data(v, p, dim, p.dtype)
+
+
+def _deviation(p: Tensor, v: Tensor, dim: int) -> Tensor:
+    """v minus its mean under p."""
+    vecdot: Callable[..., Tensor] = torch.linalg.vecdot
+    if p.ndim == 1:
+        return v - torch.dot(p, v)
+    return v - vecdot(p, v, dim=dim).unsqueeze(dim)
+
+
+def _probabilities(x: Tensor, dim: int, T: float) -> Tensor:
+    """Softmax in the widest format of the device.
+
+    In float64 a difference of two logits is rounded by at most 2**-44 where
+    its exponential does not underflow: that bounds the relative error.
     """
-    scale = slope(temperature)
-    for tile, target, part in tiles(x, mask, dim, temperature, out, v):
-        top = tile.top()
-        index = tile.argmax(top)
-        rest = tile.rest(top)
-        largest = tile.centre(part, index)
-        sums = []
-        for chunk in tile.chunks:
-            product = tile.load("product", part, chunk)
-            sums.append(_sum_without(product, index - chunk.start))
-        others = add_up(sums)
-        everything = others + largest
-        total = rest + 1
-        at_largest = rest / total * everything - others
-        for chunk in tile.chunks:
-            product = tile.load("product", part, chunk)
-            weights = tile.weights(chunk, top).div_(total)
-            product -= weights.mul_(everything)
-            _put(product, index - chunk.start, at_largest)
-            if scale != 1:
-                product *= scale
-            tile.write(target, chunk, product, 0.0)
+    wide = _blocks.work_dtype(x.device)
+    if T == 1:
+        return torch.softmax(x, dim, dtype=wide)
+    return softmax(x, None, dim, T, x.new_empty(x.shape, dtype=wide))
 
 
-def slope(temperature: float) -> float:
-    """1 / T as a factor of derivatives: finite, and 0 at T = 0."""
-    if temperature == 0:
-        return 0.0
-    return min(1 / temperature, torch.finfo(torch.float64).max)
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`to`, which is slow to find that there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+# --- dense derivatives ---------------------------------------------------
+
+
+def softmax_jacobian(x: Tensor, dim: int, T: float) -> Tensor:
+    """p_i (d_ij - p_j) / T."""
+    out = _square(x, dim, 2)
+    if not out.numel():
+        return out
+    scale = _blocks.slope(T)
+    p = _probabilities(x, dim, T).movedim(dim, -1)
+    # The scale in equal parts, so that the result is exactly symmetric.
+    factor = _factor(p, math.sqrt(scale), x.dtype)
+    # Asked before the product drives p out of the cache.
+    even = scale == 1 and factor.dtype == x.dtype and p.amax().item() <= 0.5
+    torch.mul(factor.neg().unsqueeze(-1), factor.unsqueeze(-2), out=out)
+    diagonal = out.diagonal(0, -2, -1)
+    if even:
+        # -p^2 stands there already, and p - p^2 does not cancel up to 1/2.
+        diagonal.add_(factor)
+    else:
+        diagonal.copy_((p * _complement(p)).mul_(scale))
+    return out
+
+
+def log_softmax_jacobian(x: Tensor, dim: int, T: float) -> Tensor:
+    """(d_ij - p_j) / T."""
+    out = _square(x, dim, 2)
+    if not out.numel():
+        return out
+    scale = _blocks.slope(T)
+    p = _probabilities(x, dim, T).movedim(dim, -1)
+    out.copy_((p * -scale).unsqueeze(-2))
+    out.diagonal(0, -2, -1).copy_(_complement(p).mul_(scale))
+    return out
+
+
+def softmax_hessian(x: Tensor, dim: int, T: float) -> Tensor:
+    """2 p_i p_j p_k everywhere, then three planes, then their line."""
+    out = _square(x, dim, 3)
+    if not out.numel():
+        return out
+    scale = _blocks.slope(T)
+    p = _probabilities(x, dim, T).movedim(dim, -1)
+    share = math.cbrt(scale) ** 2
+    part = p * share
+    pair = _factor(part.unsqueeze(-1) * part.unsqueeze(-2), 2, x.dtype)
+    third = _factor(p, share, x.dtype)
+    torch.mul(pair.unsqueeze(-1), third[..., None, None, :], out=out)
+    q = _complement(p)
+    # T_iik = T_iki = T_kii = p_k p_i (p_i - q_i) where k differs from i.
+    line = p * (p - q) * scale
+    plane = (p * scale).unsqueeze(-1) * line.unsqueeze(-2)
+    for first, second in ((-3, -2), (-3, -1), (-2, -1)):
+        out.diagonal(0, first, second).copy_(plane)
+    line = line.mul_(q).mul_(-scale)
+    out.diagonal(0, -3, -2).diagonal(0, -2, -1).copy_(line)
+    return out
+
+
+def _square(x: Tensor, dim: int, power: int) -> Tensor:
+    """An empty tensor with `power` class dimensions at the end."""
+    batch = [*x.shape[:dim], *x.shape[dim + 1 :]]
+    return x.new_empty(batch + [x.shape[dim]] * power)
+
+
+def _complement(p: Tensor) -> Tensor:
+    """1 - p over the last dimension, from the others where p is large."""
+    rest = torch.rsub(p, 1)  # 1 - p, without a detour over Python
+    if is_confident(p):
+        largest, index = p.max(-1, keepdim=True)
+        others = p.scatter(-1, index, 0).sum(-1, keepdim=True)
+        others = torch.where(largest > 0.5, others, 1 - largest)
+        rest.scatter_(-1, index, others)
+    return rest
+
+
+def _factor(p: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """p times the scale, for a product that is rounded to `dtype`.
+
+    At most the largest number, as inf * 0 is NaN; at least float32, as a
+    half would round each factor, and lose the small to underflow.
+    """
+    dtype = torch.float32 if dtype.itemsize < 4 else dtype
+    if scale == 1:
+        return _cast(p, dtype)
+    return (p * scale).clamp(max=torch.finfo(dtype).max).to(dtype)
+
+
+# --- losses of rows ------------------------------------------------------
+
+
+def loss(
+    x: Tensor, target: Tensor, weight: Mask, dim: int, eps: float
+) -> Tensor:
+    """-sum_k y_k log softmax(x)_k, with 0 log 0 = 0, in the working format.
+
+    The targets y are those of `_targets`, eps is the label smoothing.
+    """
+    wide = _blocks.work_dtype(x.device)
+    # Nothing to lose where there is no class.
+    out = x.new_zeros(_one_class(x, dim), dtype=wide)
+    parts = _blocks.weighed(dim, 1.0, x, None, target, weight, out)
+    for rows, t, w, result in parts:
+        log_total = rows.rest().log1p_()
+        if t.is_floating_point() or eps:
+            gap = rows.top - rows.x
+            y = _targets(gap, t, w, -1, eps)
+            everything = y.sum(-1, keepdim=True)
+            gap = gap.mul_(y).masked_fill_(y == 0, 0)
+            gap = gap.sum(-1, keepdim=True)
+            result.copy_(gap + everything * log_total)
+            continue
+        # Two terms that are not negative: nothing cancels.
+        value = rows.top - rows.x.gather(-1, t) + log_total
+        if w is not None:
+            share = w.gather(-1, t)
+            value = (value * share).masked_fill(share == 0, 0)
+        result.copy_(value)
+    return out
+
+
+def loss_gradient(
+    x: Tensor,
+    target: Tensor,
+    weight: Mask,
+    share: Tensor,
+    dim: int,
+    eps: float,
+) -> Tensor:
+    """share (s softmax(x) - y) with s = sum(y); 0 where the share is."""
+
+    def block(d: int, z: Tensor, t: Tensor, w: Mask, g: Tensor) -> Tensor:
+        p = _probabilities(z, d, 1.0)
+        if t.is_floating_point() or eps:
+            result = _difference(p, _targets(p, t, w, d, eps), d)
+        else:
+            if w is not None:
+                g = g * w.gather(d, t)
+            index, rest = _rest(p, d)
+            at_target = torch.where(t == index, -rest, p.gather(d, t) - 1)
+            result = p.scatter_(d, t, at_target)
+        return result.mul_(g).masked_fill_(g == 0, 0)
+
+    return _by_blocks(block, dim, x, target, weight, share)
+
+
+def _targets(p: Tensor, t: Tensor, w: Mask, dim: int, eps: float) -> Tensor:
+    """w_k ((1 - eps) y_k + eps / K), afresh, in the format of p.
+
+    y is the target t itself, or one-hot for class indices.
+    """
+    if t.is_floating_point():
+        y = t.to(p.dtype, copy=True)
+    else:
+        y = torch.zeros_like(p).scatter_(dim, t, 1)
+    if eps:
+        y.mul_(1 - eps).add_(eps / p.shape[dim])
+    return y if w is None else y.mul_(w)
+
+
+def _rest(p: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Where p is largest, and the sum of the others."""
+    index = p.argmax(dim, keepdim=True)
+    largest = p.gather(dim, index)
+    rest = p.scatter_(dim, index, 0).sum(dim, keepdim=True)
+    p.scatter_(dim, index, largest)
+    return index, rest.add_(largest - largest)  # NaN where that is
+
+
+def _difference(p: Tensor, y: Tensor, dim: int) -> Tensor:
+    """s p - y with s = sum(y), in the place of p; y is lost.
+
+    At the largest p that is sum(other y) - s (1 - p), with 1 - p from the
+    others: there p itself would round to one.
+    """
+    index, rest = _rest(p, dim)
+    everything = y.sum(dim, keepdim=True)
+    result = p.mul_(everything).sub_(y)
+    others = y.scatter_(dim, index, 0).sum(dim, keepdim=True)
+    return result.scatter_(dim, index, others - rest * everything)

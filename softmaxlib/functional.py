@@ -1,19 +1,16 @@
 """softmax, log_softmax and logsumexp, and the textbook formula as a foil.
 
 The arithmetic is in `softmaxlib._kernels`, its derivatives in
-`softmaxlib._functions`; here are the signatures and what they promise.
+`softmaxlib._autograd`; here are the signatures and what they promise.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from softmaxlib import _arguments
-from softmaxlib._functions import (
-    LogSoftmax,
-    LogSumExp,
-    Softmax,
-    composite,
-)
+from softmaxlib import _autograd, _check
 
 __all__ = ["log_softmax", "logsumexp", "naive_softmax", "softmax"]
 
@@ -88,7 +85,9 @@ def softmax(
     doi:10.1007/978-3-642-76153-9_28. The rounding errors of the shifted
     formula: Blanchard, Higham and Higham (2021), doi:10.1093/imanum/draa038.
     """
-    return _evaluate("softmax", input, dim, temperature, mask, dtype, out)
+    return _evaluate(
+        _autograd.Softmax, input, dim, temperature, mask, dtype, out
+    )
 
 
 def log_softmax(
@@ -149,13 +148,13 @@ def log_softmax(
     and Higham (2021), doi:10.1093/imanum/draa038, Algorithm 4.1.
     """
     return _evaluate(
-        "log_softmax", input, dim, temperature, mask, dtype, out
+        _autograd.LogSoftmax, input, dim, temperature, mask, dtype, out
     )
 
 
 def logsumexp(
     input: Tensor,
-    dim: int,
+    dim: int | Sequence[int],
     keepdim: bool = False,
     *,
     mask: Tensor | None = None,
@@ -211,14 +210,22 @@ def logsumexp(
     Derived in the chapter *Softmax on a computer*. Source: Blanchard, Higham
     and Higham (2021), doi:10.1093/imanum/draa038.
     """
-    if not isinstance(keepdim, bool):
-        raise TypeError(
-            f"logsumexp(): keepdim must be a bool, got "
-            f"{type(keepdim).__name__} {keepdim!r}"
-        )
-    return _evaluate(
-        "logsumexp", input, dim, 1.0, mask, dtype, out, keepdim
-    )
+    name = "logsumexp"
+    x = _converted(name, input, dtype, promote=True)
+    keepdim = _check.flag(name, "keepdim", keepdim)
+    several = dim if isinstance(dim, tuple | list) else (dim,)
+    dims = _check.dimensions(name, several, x.ndim)
+    mask = _check.mask(name, mask, x)
+    shape = [1 if d in dims else size for d, size in enumerate(x.shape)]
+    if not keepdim:
+        shape = [size for d, size in enumerate(x.shape) if d not in dims]
+    last = dims[0]
+    if len(dims) > 1:
+        x, last = _together(x, dims), x.ndim - len(dims)
+        mask = mask if mask is None else _together(mask, dims)
+    if out is None:
+        return _autograd.LogSumExp.call(x, mask, last, 1.0).view(shape)
+    return _write(_autograd.LogSumExp, (x, mask, last, 1.0), shape, out)
 
 
 def naive_softmax(input: Tensor, dim: int) -> Tensor:
@@ -254,42 +261,68 @@ def naive_softmax(input: Tensor, dim: int) -> Tensor:
     return exponentials / exponentials.sum(dim, keepdim=True)
 
 
-_FUNCTIONS = {
-    "softmax": Softmax,
-    "log_softmax": LogSoftmax,
-    "logsumexp": LogSumExp,
-}
-
-
 def _evaluate(
-    name, input, dim, temperature, mask, dtype, out, keepdim=True
-):
-    """Check the arguments, then compute: traced, into `out`, or plainly."""
-    reduces = name == "logsumexp"
-    x = _arguments.logits(name, input, dtype, promote=reduces)
-    dim = _arguments.dimension(name, dim, x.ndim)
-    temperature = _arguments.temperature(name, temperature)
-    mask = _arguments.mask(name, mask, x)
-    shape = x.shape
-    if x.ndim == 0:
-        x = x.reshape(1)
-        mask = None if mask is None else mask.reshape(1)
-    elif reduces:
-        shape = shape[:dim] + (1,) * keepdim + shape[dim + 1 :]
-    if out is not None:
-        out = _arguments.out(name, out, shape, x)
-    if torch.compiler.is_compiling():
-        value = composite(name, x, mask, dim, temperature).view(shape)
-        return value if out is None else out.copy_(value)
-    function = _FUNCTIONS[name]
+    operation: type[_autograd.Operation],
+    input: Tensor,
+    dim: int,
+    temperature: float,
+    mask: Tensor | None,
+    dtype: torch.dtype | None,
+    out: Tensor | None,
+) -> Tensor:
+    """Check the arguments, then compute, freshly or into `out`."""
+    name = operation.name
+    x = _converted(name, input, dtype)
+    dim = _check.dimension(name, dim, x.ndim)
+    temperature = _check.temperature(name, temperature)
+    mask = _check.mask(name, mask, x)
+    arguments = x, mask, dim, temperature
     if out is None:
-        return function.call(x, mask, dim, temperature).view(shape)
-    if out.is_contiguous() and not _overlap(x, out):
-        whole = function.result_shape(x, dim)
-        function.kernel(x, mask, dim, temperature, out.view(whole))
+        return operation.call(*arguments)
+    return _write(operation, arguments, x.shape, out)
+
+
+def _write(
+    operation: type[_autograd.Operation],
+    arguments: tuple[Any, ...],
+    shape: Sequence[int],
+    out: Tensor,
+) -> Tensor:
+    """Compute into `out`, directly if it is contiguous and lies apart."""
+    name, x = operation.name, arguments[0]
+    out = _check.tensor(name, "out", out)
+    if _autograd.has_derivatives(x, out):
+        raise RuntimeError(
+            f"{name}(): out= does not support automatic differentiation, "
+            f"but one of the tensors requires grad or carries a tangent; "
+            f"detach it or use torch.no_grad()"
+        )
+    out = _check.out(name, out, shape, x)
+    direct = x.ndim and out.is_contiguous() and not _overlap(x, out)
+    if direct and _autograd.route(x, out) == "kernel":
+        operation.run(*arguments, out=out)
         return out
-    value = function.run(x, mask, dim, temperature)
-    return out.copy_(value.view(shape))
+    return out.copy_(operation.call(*arguments).view(shape))
+
+
+def _converted(
+    name: str,
+    input: Tensor,
+    dtype: torch.dtype | None,
+    promote: bool = False,
+) -> Tensor:
+    """The input in the format of the result."""
+    x = _check.logits(name, input, dtype, promote)
+    wanted = (
+        None if dtype is not None else _autograd.autocast_dtype(name, x)
+    )
+    return x if wanted is None else x.to(wanted)
+
+
+def _together(x: Tensor, dims: list[int]) -> Tensor:
+    """All of some dimensions as the last one."""
+    n = len(dims)
+    return x.movedim(dims, list(range(-n, 0))).flatten(-n)
 
 
 def _overlap(x: Tensor, out: Tensor) -> bool:

@@ -5,26 +5,17 @@ For logits z = W x + b of a sample x, the gradient of the cross-entropy is
 Nothing else needs to be stored, and a batch goes by in blocks of samples.
 """
 
-import math
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from softmaxlib import _arguments
-from softmaxlib._functions import is_watched
-from softmaxlib.derivatives import (
-    _is_confident,
-    _weighted_deviation,
-    softmax_jvp,
-)
+from softmaxlib import _autograd, _blocks, _check, _kernels
 from softmaxlib.functional import log_softmax, softmax
-from softmaxlib.loss import (
-    _check_reduction,
-    cross_entropy,
-    cross_entropy_gradient,
-    soft_cross_entropy,
-    soft_cross_entropy_gradient,
-)
+from softmaxlib.loss import cross_entropy
 
 __all__ = [
     "SoftmaxRegression",
@@ -33,8 +24,7 @@ __all__ = [
     "weight_hvp",
 ]
 
-# Entries of the logits of a block of samples: 4 MiB in float32.
-_BLOCK = 2**20
+Layout = Literal["kd", "dk"]
 
 
 def weight_gradient(
@@ -43,8 +33,8 @@ def weight_gradient(
     target: Tensor,
     bias: Tensor | None = None,
     *,
-    reduction: str = "mean",
-    layout: str = "kd",
+    reduction: Literal["mean", "sum"] = "mean",
+    layout: Layout = "kd",
 ) -> tuple[Tensor, Tensor | None]:
     r"""The gradient of the cross-entropy in the weights of a linear layer.
 
@@ -98,16 +88,16 @@ def weight_gradient(
     Derived in the chapter *Gradients in the weights*. Source: Bishop
     (2006), *Pattern Recognition and Machine Learning*, eq. 4.109.
     """
-    case = _Case("weight_gradient", x, weight, bias, reduction, layout)
-    target = case.target(target)
-    if case.watched(target):
-        difference = case.difference(case.logits(), target)
-        return case.finish(*case.product(difference))
-    total = case.zeros()
-    for rows in case.blocks():
-        difference = case.difference(case.logits(rows), target[rows])
-        case.add(total, difference, rows)
-    return case.finish(*total)
+    name = "weight_gradient"
+    model = _linear(name, x, weight, bias, reduction, layout)
+    y = _targets(name, target, model)
+
+    def difference(rows: slice) -> Tensor:
+        z = model.logits(rows)
+        one = z.new_ones(len(z), 1, dtype=_blocks.work_dtype(z.device))
+        return _autograd.LossGradient.call(z, y[rows], None, one, 1, 0.0)
+
+    return _outer_sums(model, difference, y)
 
 
 def weight_hvp(
@@ -117,8 +107,8 @@ def weight_hvp(
     bias: Tensor | None = None,
     *,
     bias_direction: Tensor | None = None,
-    reduction: str = "mean",
-    layout: str = "kd",
+    reduction: Literal["mean", "sum"] = "mean",
+    layout: Layout = "kd",
 ) -> tuple[Tensor, Tensor | None]:
     r"""The Hessian of the cross-entropy in the weights, times a direction.
 
@@ -163,27 +153,31 @@ def weight_hvp(
     Derived in the chapter *Gradients in the weights*. Source: Böhning
     (1992), doi:10.1007/BF00048682.
     """
-    case = _Case("weight_hvp", x, weight, bias, reduction, layout)
-    direction = case.like_weight("direction", direction, weight)
-    if bias_direction is not None:
+    name = "weight_hvp"
+    model = _linear(name, x, weight, bias, reduction, layout)
+    v = _check.like(name, "direction", direction, weight, of="weight")
+    v = (v if layout == "kd" else v.mT).to(model.x.dtype)
+    v_bias = bias_direction
+    if v_bias is not None:
         if bias is None:
             raise RuntimeError(
-                "weight_hvp(): bias_direction needs a bias, got None"
+                f"{name}(): bias_direction needs a bias, got None"
             )
-        bias_direction = case.like("bias_direction", bias_direction, bias)
-    if case.watched(direction, bias_direction):
-        change = case.logits(slice(None), direction, bias_direction)
-        return case.finish(
-            *case.product(softmax_jvp(case.logits(), change, 1))
-        )
-    total = case.zeros()
-    for rows in case.blocks():
-        p = torch.softmax(case.logits(rows), 1)
-        change = case.logits(rows, direction, bias_direction)
-        if _is_confident(p):
-            change -= change.gather(1, p.argmax(1, keepdim=True))
-        case.add(total, _weighted_deviation(p, change, 1), rows)
-    return case.finish(*total)
+        _check.like(name, "bias_direction", v_bias, bias, of="bias")
+        v_bias = v_bias.to(model.x.dtype)
+    way = _autograd.route(x, weight, bias, v, v_bias)
+
+    def change(rows: slice) -> Tensor:
+        z = model.logits(rows)
+        t = nn.functional.linear(model.x[rows], v, v_bias)
+        if way != "kernel":
+            return _autograd.SoftmaxJVP.call(z, t, 1, 1.0)
+        p = torch.softmax(z, 1)
+        if _kernels.is_confident(p):
+            t -= t.gather(1, p.argmax(1, keepdim=True))
+        return _kernels.weighted_deviation(p, t, 1)
+
+    return _outer_sums(model, change, v, v_bias)
 
 
 def weight_hessian(
@@ -191,8 +185,8 @@ def weight_hessian(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    reduction: str = "mean",
-    layout: str = "kd",
+    reduction: Literal["mean", "sum"] = "mean",
+    layout: Layout = "kd",
 ) -> Tensor:
     r"""The Hessian of the cross-entropy in the flattened weight.
 
@@ -232,30 +226,27 @@ def weight_hessian(
     Derived in the chapter *Gradients in the weights*. Source: Böhning
     (1992), doi:10.1007/BF00048682.
     """
-    case = _Case("weight_hessian", x, weight, bias, reduction, layout)
-    classes, features = case.weight.shape
-    shape = (classes, features) if layout == "kd" else (features, classes)
-    diagonal = (0, 2) if layout == "kd" else (1, 3)
+    model = _linear("weight_hessian", x, weight, bias, reduction, layout)
+    classes, features = model.weight.shape
     size = classes * features
-    watched = case.watched()
-    total = case.x.new_zeros(size, size)
-    blocks = case.x.new_zeros(features, features, classes)
-    for rows in [slice(None)] if watched else case.blocks(size):
-        z, part = case.logits(rows), case.x[rows]
-        p = softmax(z, 1)
-        rest = -torch.expm1(log_softmax(z, 1))
-        if layout == "kd":
-            outer = p.unsqueeze(-1) * part.unsqueeze(-2)
-        else:
-            outer = part.unsqueeze(-1) * p.unsqueeze(-2)
-        outer = outer.flatten(1)
-        total = torch.addmm(total, outer.mT, outer, alpha=-1)
-        # Where the classes agree there is p (1 - p), and no cancellation.
-        spread = (p * rest).unsqueeze(1) * part.unsqueeze(2)
-        blocks = blocks + torch.einsum("nd,nek->dek", part, spread)
-    total = total.view(*shape, *shape)
-    total.diagonal(0, *diagonal).copy_(blocks)
-    return (total.view(size, size) * case.scale).to(x.dtype)
+    watched = _autograd.route(x, weight, bias) != "kernel"
+    total = model.x.new_zeros(size, size)
+    blocks = model.x.new_zeros(features, features, classes)
+    with _autograd.exactly(x):
+        for rows in _samples(model, size, watched):
+            z, part = model.logits(rows), model.x[rows]
+            p = softmax(z, 1)
+            rest = -torch.expm1(log_softmax(z, 1))
+            pair = (p, part) if layout == "kd" else (part, p)
+            outer = pair[0].unsqueeze(-1) * pair[1].unsqueeze(-2)
+            outer = outer.flatten(1)
+            total = torch.addmm(total, outer.mT, outer, alpha=-1)
+            # Where the classes agree there is p (1 - p): no cancellation.
+            spread = (p * rest).unsqueeze(1) * part.unsqueeze(2)
+            blocks = blocks + torch.einsum("nd,nek->dek", part, spread)
+    total = total.view(*weight.shape, *weight.shape)
+    total.diagonal(0, *((0, 2) if layout == "kd" else (1, 3))).copy_(blocks)
+    return (total.view(size, size) * model.scale).to(x.dtype)
 
 
 class SoftmaxRegression(nn.Module):
@@ -304,35 +295,28 @@ class SoftmaxRegression(nn.Module):
         *,
         bias: bool = True,
         penalty: float = 0.0,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if in_features < 1 or num_classes < 1:
-            raise ValueError(
-                f"SoftmaxRegression(): in_features and num_classes must be "
-                f"at least 1, got {in_features} and {num_classes}"
-            )
-        if not penalty >= 0:
-            raise ValueError(
-                f"SoftmaxRegression(): penalty must be at least 0, got "
-                f"{penalty}"
-            )
-        options = {"device": device, "dtype": dtype}
-        self.in_features, self.num_classes = in_features, num_classes
-        self.penalty = penalty
-        self.weight = nn.Parameter(
-            torch.zeros(num_classes, in_features, **options)
+        name = type(self).__name__
+        self.in_features = _check.integer(
+            name, "in_features", in_features, 1
         )
-        vector = torch.zeros(num_classes, **options)
-        self.bias = nn.Parameter(vector) if bias else None
-        self.history, self.converged = [], False
+        self.num_classes = _check.integer(
+            name, "num_classes", num_classes, 1
+        )
+        self.penalty = _check.number(name, "penalty", penalty)
+        zeros = functools.partial(torch.zeros, device=device, dtype=dtype)
+        self.weight = nn.Parameter(zeros(num_classes, in_features))
+        self.bias = nn.Parameter(zeros(num_classes)) if bias else None
+        self.history: list[float] = []
+        self.converged = False
 
     def extra_repr(self) -> str:
+        sizes = f"{self.in_features}, {self.num_classes}"
         return (
-            f"in_features={self.in_features}, "
-            f"num_classes={self.num_classes}, "
-            f"bias={self.bias is not None}, penalty={self.penalty}"
+            f"{sizes}, bias={self.bias is not None}, penalty={self.penalty}"
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -341,11 +325,11 @@ class SoftmaxRegression(nn.Module):
 
     def predict_proba(self, x: Tensor) -> Tensor:
         """The probabilities of the classes, shape (\\*batch, K)."""
-        return softmax(self(x), -1)
+        return softmax(self.forward(x), -1)
 
     def predict(self, x: Tensor) -> Tensor:
         """The most probable classes, shape (\\*batch)."""
-        return self(x).argmax(-1)
+        return self.forward(x).argmax(-1)
 
     @torch.no_grad()
     def fit(
@@ -367,48 +351,43 @@ class SoftmaxRegression(nn.Module):
         """
         if tolerance is None:
             tolerance = 1e-2 * torch.finfo(self.weight.dtype).eps ** 0.5
-        self.history, self.converged = [self._objective(x, target)], False
-        for _ in range(max_iterations):
+        # The gradient comes first, as it checks the arguments.
+        with _autograd.exactly(x):
             gradient = self._gradient(x, target)
-            self.converged = bool(gradient.abs().max() <= tolerance)
-            if self.converged:
-                break
-            step = self._newton_step(x, gradient)
-            if not self._search(x, target, gradient, step):
-                break
+            self.history = [self._objective(x, target)]
+            for _ in range(max_iterations):
+                if gradient.abs().max() <= tolerance:
+                    break
+                if not self._search(x, target, gradient):
+                    break
+                gradient = self._gradient(x, target)
+        self.converged = bool(gradient.abs().max() <= tolerance)
         return self
 
-    def _fitted(self):
-        return [p for p in (self.weight, self.bias) if p is not None]
+    def _objective(self, x: Tensor, target: Tensor) -> float:
+        z = self.forward(x).reshape(-1, self.num_classes)
+        y = target.reshape(len(z), *target.shape[x.ndim - 1 :])
+        # Not rounded: the search compares small differences.
+        loss = cross_entropy(z, y, dtype=_blocks.work_dtype(z.device))
+        square = self.weight.square().sum()
+        return float(loss) + self.penalty / 2 * float(square)
 
-    def _objective(self, x, target) -> float:
-        z = self(x).reshape(-1, self.num_classes)
-        if _holds_indices(target):
-            rows = cross_entropy(z, target.reshape(-1), reduction="none")
-        else:
-            y = target.reshape(-1, self.num_classes)
-            rows = soft_cross_entropy(z, y, reduction="none")
-        square = float(self.weight.square().sum())
-        # Rounded once a row: the search compares small differences.
-        loss = math.fsum(rows.tolist()) / max(len(rows), 1)
-        return loss + self.penalty / 2 * square
-
-    def _gradient(self, x, target):
+    def _gradient(self, x: Tensor, target: Tensor) -> Tensor:
         part, bias = weight_gradient(x, self.weight, target, self.bias)
-        return self._flatten(part + self.penalty * self.weight, bias)
+        return _vector(part + self.penalty * self.weight, bias)
 
-    def _hessian_times(self, x, vector):
-        direction, bias_direction = self._split(vector)
-        part, bias = weight_hvp(
-            x,
-            self.weight,
-            direction,
-            self.bias,
-            bias_direction=bias_direction,
+    def _hessian_times(self, x: Tensor, vector: Tensor) -> Tensor:
+        direction, rest = vector.split(
+            [self.weight.numel(), len(vector) - self.weight.numel()]
         )
-        return self._flatten(part + self.penalty * direction, bias)
+        v = direction.view_as(self.weight)
+        v_bias = None if self.bias is None else rest
+        part, bias = weight_hvp(
+            x, self.weight, v, self.bias, bias_direction=v_bias
+        )
+        return _vector(part + self.penalty * v, bias)
 
-    def _newton_step(self, x, gradient):
+    def _newton_step(self, x: Tensor, gradient: Tensor) -> Tensor:
         """Solve Hessian step = -gradient, roughly while far away."""
         step, residual = torch.zeros_like(gradient), -gradient
         direction, square = residual, residual.dot(residual)
@@ -428,171 +407,119 @@ class SoftmaxRegression(nn.Module):
         # Flat in the very first direction: then downhill will do.
         return step if step.any() else -gradient
 
-    def _search(self, x, target, gradient, step) -> bool:
-        """Halve the step until the objective falls as it should."""
+    def _search(self, x: Tensor, target: Tensor, gradient: Tensor) -> bool:
+        """Halve a Newton step until the objective falls as it should."""
+        step, last = self._newton_step(x, gradient), self.history[-1]
         slope, length = float(gradient.dot(step)), 1.0
         # Near the minimum the objective is flat to within its rounding.
-        slack = torch.finfo(step.dtype).eps * abs(self.history[-1])
-        start = [p.clone() for p in self._fitted()]
+        slack = torch.finfo(step.dtype).eps * abs(last)
+        start = nn.utils.parameters_to_vector(self.parameters())
         while length > 1e-10:
-            changes = self._split(length * step)
-            for parameter, origin, change in zip(
-                self._fitted(), start, changes, strict=False
-            ):
-                parameter.copy_(origin + change)
+            there = start + length * step
+            nn.utils.vector_to_parameters(there, self.parameters())
             value = self._objective(x, target)
-            if value <= self.history[-1] + 1e-4 * length * slope + slack:
+            if value <= last + 1e-4 * length * slope + slack:
                 self.history.append(value)
                 return True
             length /= 2
-        for parameter, origin in zip(self._fitted(), start, strict=True):
-            parameter.copy_(origin)
+        nn.utils.vector_to_parameters(start, self.parameters())
         return False
 
-    def _flatten(self, weight, bias):
-        parts = [weight.flatten()] + ([] if bias is None else [bias])
-        return torch.cat(parts)
 
-    def _split(self, vector):
-        weight = vector[: self.weight.numel()].view_as(self.weight)
-        rest = vector[self.weight.numel() :]
-        return weight, None if self.bias is None else rest
+def _vector(*parts: Tensor | None) -> Tensor:
+    return torch.cat([p.flatten() for p in parts if p is not None])
 
 
-def _holds_indices(target: Tensor) -> bool:
-    return not target.dtype.is_floating_point
+@dataclasses.dataclass
+class _Linear:
+    """Checked arguments in the working format, the weight as (K, D)."""
+
+    x: Tensor  # (N, D)
+    weight: Tensor
+    bias: Tensor | None
+    batch: torch.Size
+    scale: float
+    layout: Layout
+    dtype: torch.dtype
+
+    def logits(self, rows: slice) -> Tensor:
+        return nn.functional.linear(self.x[rows], self.weight, self.bias)
 
 
-class _Case:
-    """Checked arguments: x as (N, D), the weight as (K, D)."""
+def _linear(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reduction: str,
+    layout: Layout,
+) -> _Linear:
+    _check.choice(name, "reduction", reduction, "mean", "sum")
+    _check.choice(name, "layout", layout, "kd", "dk")
+    x = _check.samples(name, x)
+    classes = _check.layer(name, weight, layout, x)
+    if bias is not None:
+        bias = _check.like(name, "bias", bias, x, (classes,), of="x")
+    # Products of halves would be rounded one by one.
+    working = torch.float32 if x.dtype.itemsize < 4 else x.dtype
+    samples = x.shape[:-1].numel()
+    # The mean over no samples is 0 / 0.
+    mean = 1 / samples if samples else float("nan")
+    return _Linear(
+        x.reshape(-1, x.shape[-1]).to(working),
+        (weight if layout == "kd" else weight.mT).to(working),
+        None if bias is None else bias.to(working),
+        x.shape[:-1],
+        mean if reduction == "mean" else 1.0,
+        layout,
+        x.dtype,
+    )
 
-    def __init__(self, name, x, weight, bias, reduction, layout):
-        self.name = name
-        _check_reduction(name, reduction, ("mean", "sum"))
-        if layout not in ("kd", "dk"):
-            raise ValueError(
-                f"{name}(): layout must be 'kd' for a weight of shape "
-                f"(K, D) or 'dk' for (D, K), got {layout!r}"
-            )
-        self.layout = layout
-        x = _arguments.logits(name, x, None)
-        if x.ndim == 0:
-            raise RuntimeError(
-                f"{name}(): x must have shape (..., D), got a 0-d tensor"
-            )
-        weight = _arguments.tensor(name, "weight", weight)
-        features = -1 if layout == "kd" else 0
-        if weight.ndim != 2 or weight.shape[features] != x.shape[-1]:
-            form = "(K, D)" if layout == "kd" else "(D, K)"
-            raise RuntimeError(
-                f"{name}(): weight must have shape {form} with D = "
-                f"{x.shape[-1]} as in x, layout={layout!r}, got "
-                f"{tuple(weight.shape)}"
-            )
-        self.batch, self.dtype, self.device = (
-            x.shape[:-1],
-            x.dtype,
-            x.device,
+
+def _targets(name: str, target: Tensor, model: _Linear) -> Tensor:
+    """Class indices (N, 1) or probabilities (N, K)."""
+    target = _check.tensor(name, "target", target)
+    classes = model.weight.shape[0]
+    if target.is_floating_point():
+        shape = (*model.batch, classes)
+        model_x = model.x.to(model.dtype)
+        y = _check.like(name, "target", target, model_x, shape, of="x")
+        return y.reshape(-1, classes).to(model.x.dtype)
+    if target.shape != model.batch:
+        raise RuntimeError(
+            f"{name}(): target must hold class indices, shape "
+            f"{tuple(model.batch)}, or distributions, shape "
+            f"{(*model.batch, classes)}, got {tuple(target.shape)}"
         )
-        half = x.dtype in (torch.float16, torch.bfloat16)
-        self.working = torch.float32 if half else x.dtype
-        self.x = x.reshape(-1, x.shape[-1]).to(self.working)
-        self._same("weight", weight, weight.shape)
-        self.weight = self._turn(weight).to(self.working)
-        self.classes = self.weight.shape[0]
-        self.bias = bias
-        if bias is not None:
-            bias = _arguments.tensor(name, "bias", bias)
-            self._same("bias", bias, (self.classes,))
-            self.bias = bias.to(self.working)
-        samples = self.x.shape[0]
-        # The mean over no samples is 0 / 0.
-        self.scale = 1.0
-        if reduction == "mean":
-            self.scale = 1 / samples if samples else float("nan")
+    plain = _autograd.route(target) == "plain"
+    if not (plain or _autograd.is_wrapped(target)):
+        _check.in_range(name, target, classes)
+    return target.reshape(-1, 1).long()
 
-    def _turn(self, weight):
-        return weight if self.layout == "kd" else weight.mT
 
-    def _same(self, what, value, shape):
-        if value.shape != torch.Size(shape):
-            raise RuntimeError(
-                f"{self.name}(): {what} must have shape {tuple(shape)}, "
-                f"got {tuple(value.shape)}"
-            )
-        if value.dtype != self.dtype or value.device != self.device:
-            raise RuntimeError(
-                f"{self.name}(): {what} must have the dtype and device of "
-                f"x, {self.dtype} on {self.device}, got {value.dtype} on "
-                f"{value.device}"
-            )
+def _samples(model: _Linear, width: int, watched: bool) -> Iterator[slice]:
+    """Blocks of samples of that many numbers each; one if watched."""
+    samples = len(model.x)
+    size = samples if watched else 4 * _blocks.SIZE // max(width, 1)
+    for n in range(0, samples, max(size, 1)):
+        yield slice(n, n + max(size, 1))
 
-    def like(self, what, value, model):
-        value = _arguments.tensor(self.name, what, value)
-        self._same(what, value, model.shape)
-        return value.to(self.working)
 
-    def like_weight(self, what, value, weight):
-        return self._turn(self.like(what, value, weight))
-
-    def target(self, target):
-        """Class indices (N) or distributions (N, K)."""
-        target = _arguments.tensor(self.name, "target", target)
-        if not _holds_indices(target):
-            self._same("target", target, (*self.batch, self.classes))
-            return target.reshape(-1, self.classes).to(self.working)
-        if target.shape != self.batch:
-            raise RuntimeError(
-                f"{self.name}(): target must hold class indices, shape "
-                f"{tuple(self.batch)}, or distributions, shape "
-                f"{(*self.batch, self.classes)}, got {tuple(target.shape)}"
-            )
-        return target.reshape(-1)
-
-    def watched(self, *others) -> bool:
-        """Whether derivatives of the result may be asked for."""
-        if torch.compiler.is_compiling():
-            return True
-        return is_watched(self.x, self.weight, self.bias, *others)
-
-    def logits(self, rows=slice(None), weight=None, bias=None):
-        x = self.x[rows]
-        if weight is None:
-            weight, bias = self.weight, self.bias
-        if bias is None:
-            return x @ weight.mT
-        return torch.addmm(bias, x, weight.mT)
-
-    def difference(self, z, target):
-        """p - y for each sample."""
-        if _holds_indices(target):
-            # -100 is out of range here, and not to be ignored.
-            return cross_entropy_gradient(
-                z, target, reduction="sum", ignore_index=-(2**63)
-            )
-        return soft_cross_entropy_gradient(z, target, 1, reduction="sum")
-
-    def blocks(self, width=None):
-        """Slices that cover the samples."""
-        samples = self.x.shape[0]
-        size = max(1, _BLOCK // max(width or self.classes, 1))
-        return [slice(n, n + size) for n in range(0, samples, size)]
-
-    def zeros(self):
-        return torch.zeros_like(self.weight), self.x.new_zeros(self.classes)
-
-    def add(self, total, rows_of_z, rows):
-        """Add what a block contributes; gradients have the form R^T x."""
-        weight, bias = total
-        weight.addmm_(rows_of_z.mT, self.x[rows])
-        if self.bias is not None:
-            bias += rows_of_z.sum(0)
-
-    def product(self, rows_of_z):
-        return rows_of_z.mT @ self.x, rows_of_z.sum(0)
-
-    def finish(self, weight, bias):
-        weight = (self._turn(weight) * self.scale).to(self.dtype)
-        if self.bias is None:
-            return weight, None
-        return weight, (bias * self.scale).to(self.dtype)
+def _outer_sums(
+    model: _Linear, part: Callable[[slice], Tensor], *others: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The sum of r x^T over samples, and of r, for `part` the rows r."""
+    x, classes = model.x, len(model.weight)
+    tensors = x, model.weight, model.bias, *others
+    watched = _autograd.route(*tensors) != "kernel"
+    weight, bias = torch.zeros_like(model.weight), x.new_zeros(classes)
+    with _autograd.exactly(x):
+        for rows in _samples(model, classes, watched):
+            r = part(rows)
+            weight = torch.addmm(weight, r.mT, x[rows])
+            bias = bias + r.sum(0)
+    weight = (weight * model.scale).to(model.dtype)
+    weight = weight if model.layout == "kd" else weight.mT
+    if model.bias is None:
+        return weight, None
+    return weight, (bias * model.scale).to(model.dtype)

@@ -1,6 +1,5 @@
 """softmax, log_softmax and logsumexp against mpmath, PyTorch and words."""
 
-import functools
 import itertools
 import json
 import math
@@ -16,7 +15,7 @@ from hypothesis import given
 
 import softmaxlib
 from softmaxlib import log_softmax, logsumexp, naive_softmax, softmax
-from softmaxlib.testing import logits, oracle, ulp_error
+from softmaxlib.testing import logits, oracle, spacing, ulp_error
 
 F16, BF16 = torch.float16, torch.bfloat16
 F32, F64 = torch.float32, torch.float64
@@ -94,18 +93,27 @@ def test_accuracy(size, dtype):
     for name, z in families(size).items():
         x = z.to(dtype)
         exact = oracle(x)
-        bound, scale = BOUND[dtype], None
+        bound = BOUND[dtype]
         assert ulp_error(softmax(x, 0), exact.softmax) <= bound, name
         error = ulp_error(log_softmax(x, 0), exact.log_softmax)
         assert error <= bound, name
-        if dtype == F64:
-            bound = 4
-            top = abs(mpmath.mpf(x.max().item()))
-            scale = max(abs(exact.logsumexp), top, mpmath.log(size))
-        value = logsumexp(x, 0)[None]
-        assert ulp_error(value, [exact.logsumexp], scale=scale) <= bound, (
-            name
-        )
+        assert lse_error(logsumexp(x, 0), x) <= 1, name
+
+
+def lse_error(value, z):
+    """The error of a log-sum-exp, over what is promised.
+
+    Half an ulp of the result (and a hundredth) and 2^-50 of the largest of
+    |LSE|, |max z| and log K; for float64, 4 ulp of that scale.
+    """
+    exact = oracle(z).logsumexp
+    top = abs(mpmath.mpf(z.max().item()))
+    scale = max(abs(exact), top, mpmath.log(len(z)))
+    if z.dtype == F64:
+        allowed = 4 * spacing(scale, F64)
+    else:
+        allowed = 0.51 * spacing(exact, z.dtype) + scale / 2**50
+    return abs(mpmath.mpf(value.item()) - exact) / allowed
 
 
 @pytest.mark.parametrize("name", ["normal", "wide", "dominant"])
@@ -163,9 +171,9 @@ def test_the_winner_keeps_its_log_probability(gap):
         assert abs(value / exact - 1) <= 1e-14
 
 
-@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logsumexp_near_its_zero_set(dtype):
-    # m + log(sum) cancels: 53 bits are not enough for 24 there.
+    # m + log(sum) cancels, and no fixed precision mends that: see lse_error.
     g = generator(1)
     for size in (2, 3, 10, 500):
         for _ in range(20):
@@ -175,10 +183,9 @@ def test_logsumexp_near_its_zero_set(dtype):
             rest = torch.logsumexp(z[1:].double(), 0).item()
             if rest < 0:
                 z[0] = math.log(-math.expm1(rest))
-            exact = [oracle(z).logsumexp]
-            assert ulp_error(logsumexp(z, 0)[None], exact) <= 0.51
+            assert lse_error(logsumexp(z, 0), z) <= 1
             rows = torch.stack((z, z - 3))
-            assert ulp_error(logsumexp(rows, 1)[:1], exact) <= 0.51
+            assert lse_error(logsumexp(rows, 1)[0], z) <= 1
 
 
 @pytest.mark.parametrize(
@@ -186,7 +193,7 @@ def test_logsumexp_near_its_zero_set(dtype):
 )
 def test_logsumexp_of_a_pair_that_cancels(z):
     x = torch.tensor(z, dtype=F32)
-    assert ulp_error(logsumexp(x, 0)[None], [oracle(x).logsumexp]) <= 0.51
+    assert lse_error(logsumexp(x, 0), x) <= 1
 
 
 @pytest.mark.parametrize("v", [1.0, 1e8, 1e30, 3e38])
@@ -613,6 +620,8 @@ def test_bad_input(function):
     with pytest.raises(TypeError, match="dim"):
         function(x)
     for dim in (1.5, "1", None, True, (0, 1)):
+        if function is logsumexp and dim == (0, 1):
+            continue  # log-sum-exp takes several
         with pytest.raises(TypeError, match=rf"{name}\(\): dim must be"):
             function(x, dim)
     for dim in (2, -3):
@@ -852,47 +861,11 @@ def test_compile(function):
     mask[:, 1] = False
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     got, expect = compiled(a, mask), loss(b, mask)
-    # The composite runs in float32: a few ulp, times |z / T| <= 60.
-    torch.testing.assert_close(got[0], expect[0], rtol=1e-5, atol=0)
+    # Both are computed in float64 and rounded once.
+    torch.testing.assert_close(got[0], expect[0], rtol=1e-7, atol=0)
     (g,) = torch.autograd.grad(got[1], a)
     (h,) = torch.autograd.grad(expect[1], b)
-    torch.testing.assert_close(g, h, rtol=1e-4, atol=1e-5)
-
-
-def test_the_composite_has_the_same_special_cases():
-    # What torch.compile traces, run eagerly.
-    from softmaxlib import _functions
-
-    rows = [r + [0.0] * (3 - len(r)) for r in SPECIAL]
-    x = torch.tensor(rows, dtype=F64)
-    mask = torch.tensor([True, True, False]).expand_as(x).clone()
-    mask[4] = False
-    for name, f in (
-        ("softmax", _functions.Softmax),
-        ("log_softmax", _functions.LogSoftmax),
-    ):
-        for t, m in itertools.product((0.0, 0.5, 1.0, INF), (None, mask)):
-            torch.testing.assert_close(
-                _functions.composite(name, x, m, 1, t),
-                f.run(x, m, 1, t),
-                equal_nan=True,
-            )
-    composite = functools.partial(_functions.composite, "logsumexp")
-    for m in (None, mask):
-        torch.testing.assert_close(
-            composite(x, m, 1, 1.0),
-            _functions.LogSumExp.run(x, m, 1, 1.0),
-            equal_nan=True,
-        )
-    empty = torch.empty(2, 0)
-    assert composite(empty, None, 1, 1.0).tolist() == [[-INF], [-INF]]
-    assert _functions.composite("softmax", empty, None, 1, 1.0).shape == (
-        2,
-        0,
-    )
-    half = torch.tensor([300.0, 299.0], dtype=F16)
-    got = _functions.composite("softmax", half, None, 0, 1.0)
-    assert torch.equal(got, softmax(half, 0))
+    torch.testing.assert_close(g, h, rtol=1e-6, atol=1e-9)
 
 
 # --- the foil ------------------------------------------------------------

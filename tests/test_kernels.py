@@ -1,14 +1,13 @@
-"""The two arithmetics and the tiles, where the public API cannot reach.
+"""The two arithmetics and the blocks, where the public API cannot reach.
 
 A device without float64 is not at hand, so the compensated arithmetic in
 float32 is tested by declaring the CPU to be one.
 """
 
-import mpmath
 import pytest
 import torch
 
-from softmaxlib import _doubledouble, _kernels
+from softmaxlib import _blocks, _kernels
 from softmaxlib.testing import oracle, ulp_error
 
 F32, F64 = torch.float32, torch.float64
@@ -20,10 +19,10 @@ def rand(*shape, seed=0):
 
 
 @pytest.fixture
-def small_tiles(monkeypatch):
-    """Tiles of 64 elements, so that small tensors are cut everywhere."""
-    monkeypatch.setattr(_kernels, "_TILE", 64)
-    monkeypatch.setattr(_kernels, "_ROW", 64)
+def small_blocks(monkeypatch):
+    """Blocks of 64 entries, so that small tensors are cut everywhere."""
+    monkeypatch.setattr(_blocks, "SIZE", 64)
+    monkeypatch.setattr(_blocks, "SHARED", 64)
     monkeypatch.setattr(_kernels, "_SMALL", 0)
 
 
@@ -33,13 +32,13 @@ def compute(kernel, x, dim, *, mask=None, temperature=1.0, shape=None):
     return out
 
 
-@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("dtype", [torch.float16, F32, F64], ids=str)
 @pytest.mark.parametrize(
     "shape", [(7, 30), (1, 500), (500, 1), (3, 200, 5), (2, 9, 40)]
 )
 @pytest.mark.parametrize("masked", [False, True])
-def test_tiles_do_not_show(shape, dtype, masked):
+def test_blocks_do_not_show(shape, dtype, masked):
     x = (40 * rand(*shape) - 20).to(dtype)
     mask = (rand(*shape, seed=1) > 0.2) if masked else None
     for dim in range(len(shape)):
@@ -53,9 +52,10 @@ def test_tiles_do_not_show(shape, dtype, masked):
             options = {"mask": mask, "temperature": t, "shape": out_shape}
             got = compute(kernel, x, dim, **options)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(_kernels, "_TILE", 2**20)
+                patch.setattr(_blocks, "SIZE", 2**20)
+                patch.setattr(_blocks, "SHARED", 2**20)
                 whole = compute(kernel, x, dim, **options)
-            # Chunked sums are rounded in another order.
+            # Sums of pieces are rounded in another order.
             slack = {F64: 4e-15}.get(dtype, torch.finfo(dtype).eps)
             torch.testing.assert_close(
                 got, whole, rtol=slack, atol=0, equal_nan=True
@@ -64,12 +64,11 @@ def test_tiles_do_not_show(shape, dtype, masked):
         for kernel in (_kernels.softmax_vjp, _kernels.log_softmax_vjp):
             y = _softmax(x, dim) if kernel is _kernels.softmax_vjp else x
             results = []
-            for tile in (64, 2**20):
+            for size in (64, 2**20):
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(_kernels, "_TILE", tile)
-                    out = torch.empty(shape, dtype=dtype)
-                    kernel(y, v, mask, dim, 0.7, out)
-                results.append(out)
+                    patch.setattr(_blocks, "SIZE", size)
+                    patch.setattr(_blocks, "SHARED", size)
+                    results.append(kernel(y, v, mask, dim, 0.7))
             # v - y . v cancels: relative to the largest entry.
             scale = results[1].abs().max().item()
             torch.testing.assert_close(
@@ -81,10 +80,9 @@ def _softmax(x, dim):
     return compute(_kernels.softmax, x, dim)
 
 
-@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("offset", [0.0, 1e7, 3e30])
-def test_chunks_at_any_offset(offset):
-    # A chunked row takes a shorter way while the offset is moderate.
+def test_pieces_at_any_offset(offset):
     x = (offset + 30 * rand(300)).to(F32)
     exact = oracle(x)
     p = compute(_kernels.softmax, x, 0)
@@ -93,9 +91,9 @@ def test_chunks_at_any_offset(offset):
     assert ulp_error(log_p, exact.log_softmax) <= 0.51
 
 
-@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("gap", [10, 20, 60, 100])
-def test_confident_rows_across_chunks(gap):
+def test_confident_rows_across_pieces(gap):
     x = rand(300, seed=3).to(F32)
     x[170] += gap
     exact = oracle(x)
@@ -111,10 +109,8 @@ def test_confident_rows_across_chunks(gap):
 @pytest.fixture
 def no_float64(monkeypatch):
     """Compute float32 and narrower formats in float32, compensated."""
-    monkeypatch.setattr(_kernels, "work_dtype", lambda device: F32)
-    monkeypatch.setattr(
-        _kernels, "compensates", lambda dtype, device: dtype == F32
-    )
+    monkeypatch.setattr(_blocks, "work_dtype", lambda device: F32)
+    monkeypatch.setattr(_blocks, "compensates", lambda x: x.dtype == F32)
 
 
 @pytest.mark.usefixtures("no_float64")
@@ -138,25 +134,3 @@ def test_compensated_float32(size, temperature):
     half = (5 * rand(size)).half()
     p = compute(_kernels.softmax, half, 0, temperature=temperature)
     assert ulp_error(p, oracle(half, temperature).softmax) <= 0.51
-
-
-def test_double_double_logsumexp():
-    for size in (2, 3, 100):
-        for seed in range(20):
-            z = (-20 * rand(1, size, seed=seed)).to(F32).double()
-            z[0, 0] = -torch.logsumexp(z[0, 1:], 0).abs() / 1000
-            exact = oracle(z[0], bits=300).logsumexp
-            top = z.amax(1, keepdim=True)
-            parts = list(z.split(max(1, size // 3), 1))
-            for chunks in ([z], parts):
-                got = _doubledouble.logsumexp(chunks, top).item()
-                # Half an ulp of float64 and a hair, cancelled or not.
-                with mpmath.workprec(300):
-                    error = abs(mpmath.mpf(got) - exact) / abs(exact)
-                assert error <= 1.2e-16
-
-
-def test_double_double_drops_what_is_too_small():
-    z = torch.tensor([[-1e-3, -900.0, -1e30]], dtype=F64)
-    got = _doubledouble.logsumexp([z], z.amax(1, keepdim=True))
-    assert got.item() == -1e-3

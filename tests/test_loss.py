@@ -573,15 +573,19 @@ def test_errors_of_indices(function):
         function(x, t, label_smoothing=1.5)
     with pytest.raises(RuntimeError, match="nan"):
         function(x, t, label_smoothing=math.nan)
-    with pytest.raises(ValueError, match=r"\(2,\), got \(1,\)"):
+    with pytest.raises(ValueError, match=r"\(2,\), .*got \(1,\)"):
         function(x, t[:1])
-    with pytest.raises(RuntimeError, match=r"\(2, 4\), got \(2, 3\)"):
+    with pytest.raises(RuntimeError, match=r"\(2, 4\), .*got \(2, 3\)"):
         function(torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.long))
-    with pytest.raises(RuntimeError, match="soft_cross_entropy"):
-        function(x, x)
+    with pytest.raises(RuntimeError, match=r"probabilities.*\(2, 3\)"):
+        function(x, x[:, :2])
+    with pytest.raises(RuntimeError, match="ignore_index is for class"):
+        function(x, x, ignore_index=1)
+    with pytest.raises(TypeError, match=r"label_smoothing.*'0\.1'"):
+        function(x, t, label_smoothing="0.1")
     with pytest.raises(RuntimeError, match="bool"):
         function(x, t.bool())
-    with pytest.raises(RuntimeError, match=r"weight.*\(3,\), got \(2,\)"):
+    with pytest.raises(RuntimeError, match=r"weight.*\(3,\), .*got \(2,\)"):
         function(x, t, weight=torch.ones(2))
     with pytest.raises(RuntimeError, match=r"weight.*int64"):
         function(x, t, weight=torch.ones(3, dtype=torch.long))
@@ -600,7 +604,7 @@ def test_errors_of_indices(function):
 @pytest.mark.parametrize("function", SOFT)
 def test_errors_of_distributions(function):
     x = torch.zeros(2, 3)
-    with pytest.raises(RuntimeError, match=r"\(2, 3\), got \(3,\)"):
+    with pytest.raises(RuntimeError, match=r"\(2, 3\), .*got \(3,\)"):
         function(x, x[0])
     with pytest.raises(RuntimeError, match="float64"):
         function(x, x.double())
