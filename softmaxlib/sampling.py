@@ -1,17 +1,19 @@
 """Draws from the softmax of logits: by inversion, by Gumbel noise, top-k.
 
-The three public functions check their arguments alike and see the input as
-rows of logits, -inf where masked; a row whose largest logit is not finite
-has no distribution and is refused in words.
+The three public functions differ in how they draw from a block of rows; what
+they check, the blocks and the shape of the result are one function's.
 """
 
 import math
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from softmaxlib import _arguments, _kernels
+from softmaxlib import _arguments as _check
+from softmaxlib import _kernels as _blocks
 
 __all__ = ["gumbel_max", "gumbel_top_k", "sample"]
 
@@ -19,24 +21,12 @@ __all__ = ["gumbel_max", "gumbel_top_k", "sample"]
 _BLOCK = 2**18
 # Up to this length weights are computed in float64 whatever the input.
 _SHORT = 2**12
-# Up to this many classes it is fastest to compare with every threshold: a
-# binary search mispredicts a branch a step.
-_FEW = 16
-# Up to this many where a row is drawn alone: a single one, or each of a batch
-# from so many draws on; how many of them are compared at a time.
-_FEW_ALONE, _ALONE, _STRIP = 32, 2**12, 2**14
-# From this many draws on, a search in order pays for the permutation.
-_SORTED = 512
-# The integers that are drawn for it: the smallest of 64 bits, taken apart
-# into two without a sign, of which this is the largest.
-_LOWEST, _LARGEST = -(2**63), 2**32 - 1
-# A total that is one but for rounding.
-_ABOVE = 1 + 2.0**-50
 
-# Where float32 exponents (z - max) / T neither overflow nor vanish wrongly.
-_MODERATE = 2.0**100
-# Up to this exponent float64 holds the sum with a Gumbel noise to 2**-33.
-_RESOLVED = 2.0**20
+_Random = torch.Generator | None
+# Indices (..., n), or None where a row has no distribution.
+_Index = Tensor | None
+# What makes them of logits (..., K), -inf where masked, of n and of T.
+_Draw = Callable[[Tensor, int, float, _Random], _Index]
 
 
 def sample(
@@ -83,33 +73,38 @@ def sample(
         The same generator state gives the same draws, for the same rows in
         the same order: transposing the class dimension elsewhere, strides,
         or flattening the batch change nothing. A row's draws do depend on
-        its place in the batch, on ``num_samples`` and on the device.
+        its place in the batch, on ``num_samples`` and on the device. On the
+        device "meta", and for fake tensors, the result has a shape and no
+        values, and no row is refused. ``torch.autocast`` changes nothing.
 
     Raises:
         TypeError: ``input`` is not a tensor, ``num_samples`` or ``dim`` not
-            an int, ``temperature`` not a number, ``mask`` not boolean.
+            an integer of Python or NumPy, ``temperature`` not a number,
+            ``mask`` not boolean.
         IndexError: ``dim`` is out of range.
         ValueError: ``num_samples`` or ``temperature`` is negative; a row
             holds NaN or +inf, or has no class that may be drawn: it is
             empty, fully masked or all -inf.
         NotImplementedError: ``input`` is integer, bool, an 8-bit float,
             complex or sparse.
-        RuntimeError: ``mask`` cannot be broadcast, or is on another device.
+        RuntimeError: ``mask`` cannot be broadcast, or is on another device;
+            ``torch.vmap`` maps over ``input`` or ``mask`` (pass the batch as
+            leading dimensions), or ``torch.jit.trace`` is at work.
+            ``torch.compile`` breaks its graph here, and raises an error of
+            its own with ``fullgraph=True``: whether a row has a distribution
+            depends on its values.
 
     Accuracy: the weights are computed in float64 up to K = 4096 and for
     float64, else in float32, good to 3e-7 (1 + (max z - z) / T) relative
     while (max z - z) / T < 80, and zero from 104 on; they are added up in
-    float64. Uniform numbers have 53 bits. For up to 32 classes, in a single
-    row or from 4096 draws on, they have 32 bits and the sums are rounded at
-    random: a draw has its probability to 5e-16, as float64 sums give it, and
-    the probability of two draws is the product of theirs to 2e-20.
+    float64. Uniform numbers have 53 bits: a draw has its probability, as the
+    sums give it, to 2**-53.
 
     Complexity, for n draws from each row: O(K + n log K) time a row; besides
     the result a few blocks of 2 MiB, or rows of K or n entries if those are
-    longer, never a float64 copy of a large batch. On a CPU many draws are
-    made in sorted order and then permuted at random, so that the search finds
-    its branches predicted and its table in cache. For up to 16 classes,
-    or 32 as said above, each number is compared with every sum.
+    longer, never a float64 copy of a large batch. A mask, and a class
+    dimension that is not the last of three or more, cost a copy of the
+    input in its own format.
 
     Example:
         >>> import torch
@@ -125,30 +120,8 @@ def sample(
     (1986), *Non-Uniform Random Variate Generation*, chapters II and III,
     doi:10.1007/978-1-4613-8643-8.
     """
-    x, dim, temperature = _prepare(
-        "sample", input, "num_samples", num_samples, dim, temperature, mask
-    )
-    if x.ndim == 1 and num_samples and x.shape[0]:
-        index = _invert(x, num_samples, temperature, generator)
-        if index is None:
-            _refuse("sample", x)
-        return index
-    rows = _rows("sample", x, num_samples)
-    index = rows.new_empty((len(rows), num_samples), dtype=torch.int64)
-    classes = rows.shape[1]
-    entries = max(classes, num_samples, 1)
-    if classes <= _FEW and num_samples < _ALONE:
-        entries = max(classes * num_samples, 1)
-    size = max(1, _BLOCK // entries)
-    for start in range(0, len(rows) if num_samples else 0, size):
-        at = slice(start, start + size)
-        # Contiguous: in another order of memory exp2 may round otherwise.
-        block = rows[at].contiguous()
-        some = _invert(block, num_samples, temperature, generator)
-        if some is None:
-            _refuse("sample", x)
-        index[at] = some
-    return _restore(index, x, dim)
+    options = dim, temperature, mask, generator
+    return _draw(_invert, "sample", input, num_samples, options)
 
 
 def gumbel_max(
@@ -211,28 +184,8 @@ def gumbel_max(
     doi:10.1016/0022-2496(77)90026-8; Maddison, Tarlow and Minka (2014),
     arXiv:1411.0030.
     """
-    x, dim, temperature = _prepare(
-        "gumbel_max",
-        input,
-        "num_samples",
-        num_samples,
-        dim,
-        temperature,
-        mask,
-    )
-    rows = _rows("gumbel_max", x, num_samples)
-    # One line of draws after the other, so that blocks need no transpose.
-    index = rows.new_empty((num_samples, len(rows)), dtype=torch.int64)
-    size = max(1, _BLOCK // max(rows.shape[1], 1))
-    for start in range(0, len(rows) if num_samples else 0, size):
-        at = slice(start, start + size)
-        z = _finite_exponent("gumbel_max", rows[at], x, temperature)
-        draws = max(1, _BLOCK // z.numel())
-        for first in range(0, num_samples, draws):
-            here = slice(first, first + draws)
-            noise = _gumbel((len(index[here]), *z.shape), z, generator)
-            index[here, at] = noise.add_(z).argmax(-1)
-    return _restore(index.t(), x, dim)
+    options = dim, temperature, mask, generator
+    return _draw(_noisy_max, "gumbel_max", input, num_samples, options)
 
 
 def gumbel_top_k(
@@ -302,334 +255,210 @@ def gumbel_top_k(
     doi:10.1016/0022-2496(77)90026-8; Kool, van Hoof and Welling (2019),
     arXiv:1903.06059.
     """
-    x, dim, temperature = _prepare(
-        "gumbel_top_k", input, "k", k, dim, temperature, mask
-    )
-    rows = _rows("gumbel_top_k", x, k)
-    index = rows.new_empty((len(rows), k), dtype=torch.int64)
-    size = max(1, _BLOCK // max(rows.shape[1], 1))
-    for start in range(0, len(rows) if k else 0, size):
-        at = slice(start, start + size)
-        some = rows[at]
-        z = _finite_exponent("gumbel_top_k", some, x, temperature)
-        possible = some > -math.inf
-        if possible.sum(-1).min() < k:
-            _too_few(k, x)
-        noise = _gumbel(z.shape, z, generator)
-        spread = z.masked_fill(~possible, 0).amin()
-        if 0 < temperature < math.inf and spread < -_RESOLVED:
-            order = _exact_order(some, noise, temperature)
-        elif temperature == 0:
-            order = _order(noise, some)
-        else:
-            order = noise.add_(z).topk(k).indices
-        index[at] = order[:, :k]
-    return _restore(index, x, dim)
+    options = dim, temperature, mask, generator
+    return _draw(_noisy_top_k, "gumbel_top_k", input, k, options)
 
 
-# --- arguments and results -----------------------------------------------
+# --- what the three share ------------------------------------------------
 
 
-def _prepare(function, input, name, count, dim, temperature, mask):
-    """The logits (*batch, K), -inf where masked; dimension; temperature."""
-    x = _arguments.logits(function, input, None)
-    dim = _arguments.dimension(function, dim, x.ndim)
-    temperature = _arguments.temperature(function, temperature)
-    if type(count) is not int:
-        raise TypeError(
-            f"{function}(): {name} must be an int, got "
-            f"{type(count).__name__} {count!r}"
-        )
+def _draw(
+    draw: _Draw, function: str, input: Any, count: Any, options: Any
+) -> Tensor:
+    """Check the arguments, draw, and put the draws in the place of K."""
+    dim, temperature, mask, generator = options
+    x = _check.logits(function, input, None).detach()
+    dim = _check.dimension(function, _integer(function, "dim", dim), x.ndim)
+    temperature = _check.temperature(function, temperature)
+    name = "k" if function == "gumbel_top_k" else "num_samples"
+    count = _integer(function, name, count)
     if count < 0:
         raise ValueError(
             f"{function}(): {name} must be at least 0, got {count}"
         )
-    if x.requires_grad:
-        x = x.detach()
     if mask is not None:
-        mask = _arguments.mask(function, mask, x)
-        x = x.masked_fill(~mask, -math.inf)
-    if x.ndim == 0:
-        x = x.reshape(1)
-    return x if dim == x.ndim - 1 else x.movedim(dim, -1), dim, temperature
-
-
-def _rows(function: str, x: Tensor, count: int) -> Tensor:
-    """The logits as (rows, K), some K, if anything is to be drawn."""
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    if len(rows) and count and not x.shape[-1]:
-        _refuse(function, x)
-    return rows
-
-
-def _restore(index: Tensor, x: Tensor, dim: int) -> Tensor:
-    """Indices (rows, n), with the batch of `x` and n in the place of K."""
-    index = index.reshape(*x.shape[:-1], index.shape[-1])
+        x = x.masked_fill(~_check.mask(function, mask, x), -math.inf)
+    _refuse_transforms(function, x)
+    x = x.movedim(dim, -1) if dim + 1 < x.ndim else x.view(x.shape or (1,))
+    index = _blockwise(draw, x, count, temperature, generator)
+    if index is None:
+        _refuse(function, x, count if name == "k" else 1)
     return index.movedim(-1, dim).contiguous()
 
 
-def _refuse(function: str, x: Tensor):
-    """Raise in words about the first row without a distribution."""
-    if not x.shape[-1]:
-        raise ValueError(
-            f"{function}(): there are no classes to draw from: the size of "
-            f"the class dimension is 0"
-        )
-    top = x.amax(-1)
-    position = tuple(torch.nonzero(~top.isfinite())[0].tolist())
-    value = top[position].item()
-    if value == -math.inf:
-        what = "has no class to draw: every logit is -inf or masked"
-        cure = "leave such rows out, or allow one of their classes"
-    else:
-        what = f"holds {'NaN' if math.isnan(value) else '+inf'}"
-        cure = "mask the entry, or find out where it comes from"
-    raise ValueError(f"{function}(): {_named(position)} {what}; {cure}")
-
-
-def _too_few(k: int, x: Tensor):
-    counts = (x > -math.inf).sum(-1)
-    position = tuple(torch.nonzero(counts < k)[0].tolist())
-    raise ValueError(
-        f"gumbel_top_k(): k = {k} draws without replacement, but "
-        f"{_named(position)} has only {counts[position]} of "
-        f"{x.shape[-1]} classes whose logit is not -inf or masked; pass a "
-        f"smaller k, or draw with replacement by sample()"
-    )
-
-
-def _named(position: tuple) -> str:
-    """A row in words, by its index in the dimensions other than `dim`."""
-    return f"row {position} of input" if position else "input"
-
-
-# --- arithmetic ----------------------------------------------------------
-
-
-def _exponent(x: Tensor, top: Tensor, temperature: float, dtype) -> Tensor:
-    """(x - top) / T as a new tensor, -inf where nothing may be drawn.
-
-    NaN, in every entry or in that of the largest logit, where `top` is not
-    finite.
-    """
-    if temperature == 0:
-        drawn = x == top
-    elif temperature == math.inf:
-        drawn = x > -math.inf
-    else:
-        if temperature > 2.0**1000:
-            # Lest a difference overflow that the division would bring back.
-            x, top, temperature = x * 0.5, top * 0.5, temperature * 0.5
-        z = x.to(dtype) - top.to(dtype)
-        return z if temperature == 1 else z.div_(temperature)
-    z = torch.zeros(x.shape, dtype=dtype, device=x.device)
-    # top - top is 0, or NaN.
-    return z.masked_fill_(~drawn, -math.inf).add_((top - top).to(dtype))
-
-
-def _finite_exponent(function, rows, x, temperature) -> Tensor:
-    top = rows.amax(-1, keepdim=True)
-    if not top.isfinite().all():
-        _refuse(function, x)
-    dtype = _kernels.work_dtype(rows.device)
-    return _exponent(rows, top, temperature, dtype)
-
-
-def _weights(x: Tensor, temperature: float) -> Tensor:
-    """exp((x - max) / T), in float32 or float64; NaN for a bad row, or 0."""
-    top = x.amax(-1, keepdim=True)
-    dtype = _kernels.work_dtype(x.device)
-    fast = x.shape[-1] > _SHORT and x.dtype != torch.float64
-    if fast and 1 / _MODERATE <= temperature <= _MODERATE:
-        dtype = torch.float32
-    z = _exponent(x, top, temperature, dtype)
-    # exp2 is several times faster than exp.
-    return z.mul_(math.log2(math.e)).exp2_()
-
-
-def _cumulative(x: Tensor, temperature: float) -> Tensor:
-    """Cumulative sums of the weights of each row, NaN for a bad one."""
-    dtype = _kernels.work_dtype(x.device)
-    if temperature == 1 and x.shape[-1] <= _SHORT:
-        return _accumulate(torch.softmax(x, -1, dtype=dtype))
-    return _accumulate(_weights(x, temperature).to(dtype))
-
-
-def _accumulate(weights: Tensor) -> Tensor:
-    """Cumulative sum, in place, constant exactly where a weight is zero."""
-    if weights.device.type == "cpu":
-        return weights.cumsum_(-1)
-    return _monotone(weights.cumsum(-1), weights)
-
-
-def _monotone(sums: Tensor, weights: Tensor) -> Tensor:
-    """Mend cumulative sums added up in parallel, which may go up or down."""
-    return sums.masked_fill_(weights == 0, 0).cummax(-1).values
-
-
-def _invert(x: Tensor, n: int, temperature: float, generator):
-    """n draws from each row of `x`, (rows, K) or (K,); None if one is bad.
-
-    u < 1 times a total is below the total also when rounded: for u = 1 -
-    2**-53, the largest, the product lies in the middle of two neighbours if
-    the total is a power of two, where the spacing below is half as wide, and
-    nearer to the lower neighbour everywhere else.
-    """
-    classes = x.shape[-1]
-    if (
-        classes <= _FEW_ALONE
-        and x.is_cpu
-        and (n >= _ALONE or x.numel() == classes)
-    ):
-        return _invert_few(x, n, temperature, generator)
-    many = classes > _FEW and n >= _SORTED and x.is_cpu
-    sums = _cumulative(x, temperature)
-    total = sums.select(-1, -1)
-    smallest = total.item() if x.ndim == 1 else total.min().item()
-    if not smallest > 0:
+def _blockwise(
+    draw: _Draw, x: Tensor, n: int, t: float, random: _Random
+) -> _Index:
+    """Draw from one block of rows after another."""
+    *batch, classes = x.shape
+    shape, rows = (*batch, n), math.prod(batch)
+    if 0 in shape or _shape_only(x):
+        return x.new_empty(shape, dtype=torch.int64)
+    if not classes:
         return None
-    u = torch.rand(
-        (*x.shape[:-1], n),
-        dtype=sums.dtype,
-        device=x.device,
-        generator=generator,
-    )
-    if x.ndim > 1:
-        u.mul_(total.unsqueeze(-1))
-    elif not 1 <= smallest <= _ABOVE:
-        u.mul_(smallest)
-    if many:
-        numbers = u.numpy()
-        numbers.sort(-1)
-        if x.ndim == 1:
-            index = _search(sums.numpy(), numbers)
-        else:
-            rows = zip(sums.numpy(), numbers, strict=True)
-            index = np.stack([_search(*row) for row in rows])
-        return _permute(torch.from_numpy(index), generator)
-    if classes > _FEW or n >= _ALONE:
-        return torch.searchsorted(sums, u, right=True)
-    return (u.unsqueeze(-2) >= sums.unsqueeze(-1)).sum(-2)
-
-
-def _invert_few(x: Tensor, n: int, temperature: float, generator):
-    """The same on a CPU, for rows of few classes and one after the other.
-
-    For a thousand draws of five classes an operation costs what it costs to
-    call: Python's numbers for the weights, NumPy for the rest.
-    """
-    if not 1 / _MODERATE <= temperature <= _MODERATE:
-        top = x.amax(-1, keepdim=True)
-        x, temperature = _exponent(x, top, temperature, torch.float64), 1.0
-    if x.ndim == 1 and n <= _STRIP:
-        sums = _sums(x.tolist(), temperature)
-        if sums is None:
+    size = max(1, _BLOCK // max(classes, n))
+    if rows <= size:
+        # Contiguous: in another order of memory exp2 may round otherwise.
+        return draw(x.contiguous(), n, t, random)
+    index = x.new_empty((rows, n), dtype=torch.int64)
+    parts = x.reshape(rows, classes).split(size)
+    for part, into in zip(parts, index.split(size), strict=True):
+        some = draw(part.contiguous(), n, t, random)
+        if some is None:
             return None
-        draws = _strip(sums, n, generator)
-        return torch.from_numpy(draws.astype(np.int64))
-    rows = x.reshape(-1, x.shape[-1]).tolist()
-    all_sums = [_sums(row, temperature) for row in rows]
-    if None in all_sums:
+        into.copy_(some)
+    return index.view(shape)
+
+
+def _integer(function: str, name: str, value: Any) -> int:
+    """What Python or NumPy calls an integer, but no bool."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(
+            f"{function}(): {name} must be an int, got "
+            f"{type(value).__name__} {value!r}"
+        )
+    return int(value)
+
+
+def _shape_only(x: Tensor) -> bool:
+    """Whether a tensor has a shape, but no values to draw by."""
+    return x.is_meta or isinstance(x, torch._subclasses.FakeTensor)
+
+
+def _refuse_transforms(function: str, x: Tensor) -> None:
+    """Raise in words under torch.vmap and torch.jit.trace."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            f"{function}(): torch.jit.trace would keep the decisions of this "
+            f"one call; use torch.compile"
+        )
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            raise RuntimeError(
+                f"{function}(): torch.vmap cannot map over draws; pass the "
+                f"batch as leading dimensions of input instead"
+            )
+        x = functorch.get_unwrapped(x)
+
+
+def _refuse(function: str, x: Tensor, least: int) -> NoReturn:
+    """Raise in words about the first row from which nothing can be drawn."""
+    strange, possible = ~(x < math.inf), (x > -math.inf).sum(-1)
+    bad = strange.any(-1) | (possible < least)
+    row = tuple(bad.nonzero()[0].tolist())
+    if strange[row].any():
+        kind = "NaN" if x[row].isnan().any() else "+inf"
+        what = f"holds {kind}; mask the entry, or find out where it is from"
+    else:
+        cure = "allow more classes" if least == 1 else "pass a smaller k"
+        what = (
+            f"has {possible[row]} of {x.shape[-1]} classes to draw from, "
+            f"logits that are -inf or masked apart, expected at least "
+            f"{least}; leave such rows out, or {cure}"
+        )
+    name = f"row {row} of input" if row else "input"
+    raise ValueError(f"{function}(): {name} {what}")
+
+
+def _exponent(x: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    """(x - max) / T as a new tensor, -inf where nothing may be drawn.
+
+    The largest of a row is 0, or not finite where that of `x` is not.
+    """
+    top = x.amax(-1, keepdim=True)
+    if temperature == 0 or temperature == math.inf:
+        drawn = x > -math.inf if temperature else x == top
+        return torch.where(drawn, top - top, -math.inf).to(dtype)
+    if temperature > 2.0**1000:
+        # Lest a difference overflow that the division would bring back.
+        x, top, temperature = x * 0.5, top * 0.5, temperature * 0.5
+    z = x.to(dtype, copy=True).sub_(top)
+    # By a tensor: by a number, some devices multiply by 1 / T, maybe inf.
+    return z if temperature == 1 else z.div_(z.new_tensor(temperature))
+
+
+# --- one block of rows ---------------------------------------------------
+
+
+def _invert(x: Tensor, n: int, t: float, random: _Random) -> _Index:
+    """The first class whose cumulative weight exceeds u times the total.
+
+    As u is at most 1 - 2**-53, that product is below the total also when
+    rounded: it is exact where the total is a power of two, and elsewhere more
+    than half of the spacing below the total.
+    """
+    dtype = wide = _blocks.work_dtype(x.device)
+    narrow = x.shape[-1] > _SHORT and x.dtype != torch.float64
+    if narrow and 2.0**-100 < t < 2.0**100:  # lest float32 overflow
+        dtype = torch.float32
+    if t == 1 and x.numel() <= _SHORT:
+        # One call: with few numbers it is the calls that cost.
+        weights = x.softmax(-1, dtype)
+    else:
+        # In place, and exp2, which is several times faster than exp.
+        z = _exponent(x, t, dtype).mul_(math.log2(math.e))
+        weights = z.exp2_().to(wide)
+    sums = weights.cumsum_(-1) if x.is_cpu else _ascending(weights)
+    total = sums.narrow(-1, -1, 1)
+    if not total.min().item() > 0:
         return None
-    draws = np.empty((*x.shape[:-1], n), np.int64)
-    for row, sums in zip(draws.reshape(-1, n), all_sums, strict=True):
-        for start in range(0, n, _STRIP):
-            size = min(_STRIP, n - start)
-            row[start : start + size] = _strip(sums, size, generator)
-    return torch.from_numpy(draws)
+    u = sums.new_empty((*x.shape[:-1], n)).uniform_(generator=random)
+    return torch.searchsorted(sums, u.mul_(total), right=True)
 
 
-def _sums(logits: list[float], temperature: float):
-    """Cumulative sums of the weights from zero on; None for a bad row."""
-    top, total = max(logits), 0.0
-    sums = [total]
-    for z in logits:
-        total += math.exp((z - top) / temperature)
-        sums.append(total)
-    return sums if total > 0 else None
+def _ascending(weights: Tensor) -> Tensor:
+    """Cumulative sums that rise where the weight is positive, and only there.
 
-
-def _strip(sums: list[float], n: int, generator):
-    """n draws from uniform integers of 32 bits, as an array of int8.
-
-    One more integer rounds the sums to 32 bits, up as often as their other
-    bits say: each draw has the probability that the sums give it to 64 bits.
-    The rounding is all that the draws of a strip share; it moves the
-    probability of what two of them are by at most 2**-66.
+    Added up in parallel, they may go up or down where it is zero.
     """
-    bits = np.empty(n // 2 + 1, np.int64)
-    torch.from_numpy(bits).random_(_LOWEST, None, generator=generator)
-    bits = bits.view(np.uint32)
-    rounding = int(bits[n])
-    total = sums[-1]
-    # Where the classes 1, 2, ... begin. One that begins at the total, because
-    # no weight is left for it, begins beyond all integers.
-    begin = [
-        b
-        for part in sums[1:-1]
-        if (b := int(part / total * 2.0**64) + rounding >> 32) <= _LARGEST
-    ]
-    reached = bits[:n] >= np.array(begin, np.uint32)[:, None]
-    return np.add.reduce(reached, 0, np.int8)
+    sums = weights.cumsum(-1).masked_fill_(weights == 0, 0)
+    return sums.cummax(-1).values
 
 
-def _search(sums, u):
-    """Which classes the ascending numbers `u` fall into, by their sums.
-
-    A search for sorted numbers finds its branches predicted and its table in
-    cache. Where there are fewer classes than numbers, the ends of the classes
-    are searched for among the numbers.
-    """
-    if 2 * len(sums) > len(u):
-        return sums.searchsorted(u, "right")
-    counts = np.diff(u.searchsorted(sums), prepend=0)
-    return np.arange(len(sums)).repeat(counts)
-
-
-def _permute(index: Tensor, generator) -> Tensor:
-    """Each row in random order.
-
-    A random permutation, independent of sorted values, makes an independent
-    sequence of them again. Every row needs its own: with a common one, the
-    rows would rise and fall together.
-    """
-    n = index.shape[-1]
-    if index.ndim == 1:
-        order = torch.randperm(n, generator=generator, device=index.device)
-        return index.index_select(0, order)
-    order = torch.empty_like(index)
-    for row in order:
-        torch.randperm(n, generator=generator, out=row, device=row.device)
-    return index.gather(-1, order)
+def _noisy_max(x: Tensor, n: int, t: float, random: _Random) -> _Index:
+    """The largest of the noisy logits, for a block of draws at a time."""
+    z = _exponent(x, t, _blocks.work_dtype(x.device))
+    if z.amax(-1).any():
+        return None
+    index = x.new_empty((n, *x.shape[:-1]), dtype=torch.int64)
+    for some in index.split(max(1, _BLOCK // z.numel())):
+        noise = _gumbel((len(some), *z.shape), z, random)
+        torch.argmax(noise.add_(z), -1, out=some)
+    return index.movedim(0, -1)
 
 
-def _gumbel(shape, like: Tensor, generator) -> Tensor:
-    """Standard Gumbel noise, always finite."""
-    u = torch.empty(shape, dtype=like.dtype, device=like.device)
-    u.uniform_(generator=generator)
+def _noisy_top_k(x: Tensor, k: int, t: float, random: _Random) -> _Index:
+    """The k largest of the noisy logits, in descending order."""
+    z = _exponent(x, t, _blocks.work_dtype(x.device))
+    possible = x > -math.inf
+    if z.amax(-1).any() or possible.sum(-1).min() < k:
+        return None
+    noise = _gumbel(z.shape, z, random)
+    # Up to 2**20 float64 holds the sum of exponent and noise to 2**-33.
+    if (possible & (z < -(2.0**20))).any():
+        return _exact_order(x, noise, t)[..., :k]
+    return noise.add_(z).topk(k).indices
+
+
+def _gumbel(shape: tuple[int, ...], z: Tensor, random: _Random) -> Tensor:
+    """Standard Gumbel noise in the format of `z`, always finite."""
+    u = z.new_empty(shape).uniform_(generator=random)
     # 0 is drawn every 2**53 times. 1 is not, so that log(u) < 0.
     u.clamp_(min=torch.finfo(u.dtype).eps / 4)
     return u.log_().neg_().log_().neg_()
 
 
-def _order(*keys: Tensor) -> Tensor:
-    """Indices in descending order of the last key, ties by those before."""
-    order = keys[0].argsort(-1, descending=True)
-    for key in keys[1:]:
-        here = key.gather(-1, order)
-        step = here.argsort(dim=-1, descending=True, stable=True)
-        order = order.gather(-1, step)
-    return order
-
-
-def _exact_order(rows, noise, temperature) -> Tensor:
+def _exact_order(x: Tensor, noise: Tensor, temperature: float) -> Tensor:
     """Indices in descending order of x + T G, to twice 53 bits.
 
     Unlike (x - max) / T + G it needs no shift that would round the smaller
     logits away, and the noise is not lost beside a large one: the sum is
-    split into its rounded value and the rest, and ties go on to the rest.
+    split into its rounded value and the rest, which is NaN for logits of
+    -inf. Ties go on to the rest, and then to the noise.
     """
-    x = rows.to(noise.dtype)
     if temperature > 1:
         # Lest the product overflow; the powers of two cancel.
         x, temperature = x * 2.0**-8, temperature * 2.0**-8
@@ -637,6 +466,8 @@ def _exact_order(rows, noise, temperature) -> Tensor:
     high = x + addend
     back = high - x
     low = (x - (high - back)) + (addend - back)
-    # -inf where x is: the rest would be NaN.
-    low.masked_fill_(x == -math.inf, -math.inf)
-    return _order(noise, low, high)
+    order = noise.argsort(-1, descending=True)
+    for key in (low, high):
+        step = (-key).gather(-1, order).argsort(stable=True)
+        order = order.gather(-1, step)
+    return order
