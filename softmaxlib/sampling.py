@@ -98,7 +98,7 @@ def sample(
     float64, else in float32, good to 3e-7 (1 + (max z - z) / T) relative
     while (max z - z) / T < 80, and zero from 104 on; they are added up in
     float64. Uniform numbers have 53 bits: a draw has its probability, as the
-    sums give it, to 2**-53.
+    sums give it, to 5e-16.
 
     Complexity, for n draws from each row: O(K + n log K) time a row; besides
     the result a few blocks of 2 MiB, or rows of K or n entries if those are
@@ -276,8 +276,8 @@ def _draw(
         raise ValueError(
             f"{function}(): {name} must be at least 0, got {count}"
         )
-    if mask is not None:
-        x = x.masked_fill(~_check.mask(function, mask, x), -math.inf)
+    mask = _check.mask(function, mask, x)
+    x = x if mask is None else x.masked_fill(~mask, -math.inf)
     _refuse_transforms(function, x)
     x = x.movedim(dim, -1) if dim + 1 < x.ndim else x.view(x.shape or (1,))
     index = _blockwise(draw, x, count, temperature, generator)
@@ -301,8 +301,8 @@ def _blockwise(
         # Contiguous: in another order of memory exp2 may round otherwise.
         return draw(x.contiguous(), n, t, random)
     index = x.new_empty((rows, n), dtype=torch.int64)
-    parts = x.reshape(rows, classes).split(size)
-    for part, into in zip(parts, index.split(size), strict=True):
+    parts = torch.split(x.reshape(rows, classes), size)
+    for part, into in zip(parts, torch.split(index, size), strict=True):
         some = draw(part.contiguous(), n, t, random)
         if some is None:
             return None
@@ -329,7 +329,9 @@ def _shape_only(x: Tensor) -> bool:
 
 def _refuse_transforms(function: str, x: Tensor) -> None:
     """Raise in words under torch.vmap and torch.jit.trace."""
-    if torch.jit.is_tracing():
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._is_tracing():
         raise RuntimeError(
             f"{function}(): torch.jit.trace would keep the decisions of this "
             f"one call; use torch.compile"
@@ -414,8 +416,7 @@ def _ascending(weights: Tensor) -> Tensor:
 
     Added up in parallel, they may go up or down where it is zero.
     """
-    sums = weights.cumsum(-1).masked_fill_(weights == 0, 0)
-    return sums.cummax(-1).values
+    return weights.cumsum(-1).masked_fill(weights == 0, 0).cummax(-1)[0]
 
 
 def _noisy_max(x: Tensor, n: int, t: float, random: _Random) -> _Index:
@@ -424,7 +425,7 @@ def _noisy_max(x: Tensor, n: int, t: float, random: _Random) -> _Index:
     if z.amax(-1).any():
         return None
     index = x.new_empty((n, *x.shape[:-1]), dtype=torch.int64)
-    for some in index.split(max(1, _BLOCK // z.numel())):
+    for some in torch.split(index, max(1, _BLOCK // z.numel())):
         noise = _gumbel((len(some), *z.shape), z, random)
         torch.argmax(noise.add_(z), -1, out=some)
     return index.movedim(0, -1)

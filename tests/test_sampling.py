@@ -9,11 +9,13 @@ import doctest
 import itertools
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from softmaxlib import sampling
 from softmaxlib.sampling import gumbel_max, gumbel_top_k, sample
@@ -72,7 +74,7 @@ def test_right_temperature(draw, temperature):
     assert p_value(draws, exact(Z, temperature)) > ALARM
 
 
-# Up to 32 classes, below 512 draws, in between, and long rows.
+# Few classes and many, few draws and many, weights in either format.
 @pytest.mark.parametrize(
     ("classes", "draws", "calls"),
     [
@@ -88,7 +90,7 @@ def test_right_temperature(draw, temperature):
         (32768, 512, 40),
     ],
 )
-def test_every_way_of_inverting(classes, draws, calls):
+def test_any_number_of_classes_and_draws(classes, draws, calls):
     g = generator()
     for dtype in (F32, F64):
         z = logits(classes, dtype=dtype)
@@ -96,9 +98,9 @@ def test_every_way_of_inverting(classes, draws, calls):
         assert p_value(y, exact(z.double())) > ALARM
 
 
-# Rows compared together or one by one, searched in order or at random.
+# In one block and in several.
 @pytest.mark.parametrize("classes", [5, 20, 40])
-@pytest.mark.parametrize("n", [300, 2000, 20_000])
+@pytest.mark.parametrize("n", [300, 2000, 60_000])
 def test_batches_have_their_own_distributions(classes, n):
     z = torch.randn(6, classes, generator=generator(), dtype=F64)
     y = torch.cat(
@@ -135,11 +137,10 @@ def test_gaussian_noise_is_detected():
     assert p_value(noisy_max(right), exact(Z)) > ALARM
 
 
-# A row alone, and searched in order.
 @pytest.mark.parametrize("classes", [20, 40])
 def test_sequences_are_independent(classes):
-    # Sorted uniforms left in order, or permuted alike in all rows, show in
-    # neighbouring draws, in distant ones, or in pairs of rows.
+    # Draws that are not independent show in neighbours, in distant ones, or
+    # in pairs of rows.
     z = torch.zeros(2, classes, dtype=F64)
     y = sample(z, 50_000, generator=generator())
     uniform = np.full(classes**2, classes**-2.0)
@@ -156,28 +157,12 @@ def test_sequences_are_independent(classes):
     assert p_value(pairs * 10 // classes**2, np.full(10, 1 / 10)) > ALARM
 
 
-def test_without_the_permutation_the_draws_are_sorted(monkeypatch):
-    monkeypatch.setattr(
-        sampling, "_permute", lambda index, generator: index
-    )
+def test_sorted_draws_are_detected():
     y = sample(torch.zeros(2, 40), 50_000, generator=generator())
-    assert (y.diff() >= 0).all()
-    assert p_value(y[0] * 40 + y[1], np.full(1600, 1 / 1600)) < ALARM
-
-
-@pytest.mark.parametrize("classes", [3, 50, 900])
-def test_a_search_in_order(classes):
-    sums = torch.rand(classes, dtype=F64, generator=generator())
-    sums[1::3] = 0
-    sums = sums.cumsum(0)
-    u = torch.rand(100, dtype=F64, generator=generator()) * sums[-1]
-    # On the border of two classes, the upper one.
-    u[:2] = sums[:2]
-    u = u.sort().values
-    expect = torch.searchsorted(sums, u, right=True)
-    assert sampling._search(sums.numpy(), u.numpy()).tolist() == (
-        expect.tolist()
-    )
+    uniform = np.full(1600, 1 / 1600)
+    assert p_value(y[0] * 40 + y[1], uniform) > ALARM
+    y = y.sort().values
+    assert p_value(y[0] * 40 + y[1], uniform) < ALARM
 
 
 # --- without replacement -------------------------------------------------
@@ -328,58 +313,68 @@ def test_no_class_of_probability_zero(classes):
     assert torch.equal(y.sort().values, possible.nonzero().squeeze(1))
 
 
+def constant_uniform(patch, value):
+    """Let every uniform number be `value`, which no seed would show."""
+
+    def fill(tensor, *args, **options):
+        return tensor.fill_(value)
+
+    patch.setattr(torch.Tensor, "uniform_", fill)
+
+
 @pytest.mark.parametrize("value", [0.0, 1 - 2.0**-53])
 @pytest.mark.parametrize("classes", [6, 60, 40_000])
 def test_the_smallest_and_the_largest_uniform(monkeypatch, value, classes):
-    # torch.rand cannot be made to return them, but be replaced.
-    rand, uniform = torch.rand, torch.Tensor.uniform_
-
-    def constant(*args, **options):
-        return rand(*args, **options).fill_(value)
-
-    def constant_(tensor, *args, **options):
-        return uniform(tensor, *args, **options).fill_(value)
-
-    def integer(tensor, *args, **options):
-        return tensor.fill_(-round(value))  # bits all 0, or all 1
-
-    monkeypatch.setattr(torch, "rand", constant)
-    monkeypatch.setattr(torch.Tensor, "uniform_", constant_)
-    monkeypatch.setattr(torch.Tensor, "random_", integer)
+    constant_uniform(monkeypatch, value)
     z = logits(classes)
     z[0] = z[-1] = z[classes // 2] = -INF
     for shift in range(20):
         w = z * (1 + shift / 7)
-        y = sample(w.expand(2, -1), 3)
-        assert (w[y] > -INF).all()
-        assert (w[sample(w, 3)] > -INF).all()
+        for temperature in (1, 0.7):
+            y = sample(w.expand(2, -1), 3, temperature=temperature)
+            assert (w[y] > -INF).all()
+            y = sample(w.float(), 600, temperature=temperature)
+            assert (w[y] > -INF).all()
+            assert (w[sample(w, 3, temperature=temperature)] > -INF).all()
         assert (w[gumbel_max(w, 3)] > -INF).all()
         assert (w[gumbel_top_k(w, 3)] > -INF).all()
-        if value:
-            assert (w[sample(w, 600)] > -INF).all()
 
 
-@pytest.mark.parametrize("bits", [0, 7, 2**32 - 1])
-@pytest.mark.parametrize("rounding", [0, 2**31 - 1, 2**31, 2**32 - 1])
-@pytest.mark.parametrize("n", [3, 4])
-def test_sums_are_rounded_at_random(monkeypatch, bits, rounding, n):
-    def fill(tensor, *args, **options):
-        words = tensor.numpy().view(np.uint32)
-        words[:] = bits
-        words[n] = rounding
-        return tensor
+@pytest.mark.parametrize("value", [0.0, 1 - 2.0**-53])
+@pytest.mark.parametrize("classes", [6, 40_000])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_a_weight_that_underflows_is_none(
+    monkeypatch, value, classes, dtype
+):
+    constant_uniform(monkeypatch, value)
+    z = torch.full((classes,), -1000.0, dtype=dtype)
+    z[[2, classes - 3]] = 0.3
+    expect = classes - 3 if value else 2
+    for temperature in (1, 0.7):
+        y = sample(z.expand(2, -1), 4, temperature=temperature)
+        assert (y == expect).all()
 
-    monkeypatch.setattr(torch.Tensor, "random_", fill)
-    # 7 1/2, rounded up for half of the integers that there are.
-    sums = [0.0, 0.0, 7.5 * 2.0**-32, 1 - 2.0**-53, 1.0, 1.0]
-    draws = sampling._strip(sums, n, None)
-    first = bits >= (7 if rounding < 2**31 else 8)
-    second = bits == 2**32 - 1 and rounding < 2**11
-    assert draws.tolist() == [1 + first + second] * n
+
+@pytest.mark.parametrize("value", [0.0, 0.25, 0.5, 0.75])
+def test_on_a_border_the_upper_class_is_drawn(monkeypatch, value):
+    constant_uniform(monkeypatch, value)
+    z = torch.zeros(6)
+    z[[1, 4]] = -INF
+    y = sample(z, 3)
+    assert (y == [0, 2, 3, 5][round(4 * value)]).all()
+
+
+def test_the_largest_uniform_stays_below_any_total():
+    # In exact arithmetic 1 - 2**-53 times a total is below it; rounded, too.
+    rng = np.random.default_rng(0)
+    total = rng.uniform(1, 2, 10**5)
+    total[:2] = 1, np.nextafter(2, 1)
+    total *= 2.0 ** rng.integers(-1, 40, len(total))
+    assert ((1 - 2.0**-53) * total < total).all()
 
 
 def test_all_bits_are_random():
-    # The two words of an integer, and neighbouring draws.
+    # In pairs from either place of the first.
     z = torch.zeros(16, dtype=F64)
     y = sample(z, 2**19, generator=generator()).view(-1, 2)
     assert p_value(y[:, 0] * 16 + y[:, 1], np.full(256, 1 / 256)) > ALARM
@@ -387,11 +382,12 @@ def test_all_bits_are_random():
     assert p_value(y[:, 0] * 16 + y[:, 1], np.full(256, 1 / 256)) > ALARM
 
 
-def test_sums_added_in_parallel_are_mended():
+def test_sums_added_in_parallel_are_mended(monkeypatch):
     # As a scan in blocks may leave them: 0.3 + 0.3 + 0 rounded otherwise.
     weights = torch.tensor([[0.0, 0.3, 0.0, 0.3, 0.0]], dtype=F64)
     sums = torch.tensor([[0.0, 0.3, 0.30000001, 0.6, 0.5999]], dtype=F64)
-    mended = sampling._monotone(sums, weights)
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda tensor, dim: sums)
+    mended = sampling._ascending(weights)
     assert (mended.diff() >= 0).all()
     assert torch.equal(mended.diff() > 0, weights[:, 1:] > 0)
 
@@ -454,17 +450,20 @@ def test_layout_does_not_matter_beyond_float64():
     assert torch.equal(y.t(), expect)
 
 
-def test_a_default_device_does_not_matter():
+@pytest.mark.parametrize("draw", ALL)
+def test_a_default_device_does_not_matter(draw):
     x = torch.randn(2, 40, generator=generator())
     for z in (x, x[0], x[0, :5]):
-        expect = sample(z, 600, generator=generator())
-        with torch.device("meta"):
-            y = sample(z, 600, generator=generator())
-        assert torch.equal(y, expect)
+        for temperature in (0, 0.7, 1, INF):
+            options = {"temperature": temperature}
+            expect = draw(z, 5, generator=generator(), **options)
+            with torch.device("meta"):
+                y = draw(z, 5, generator=generator(), **options)
+            assert torch.equal(y, expect)
 
 
 @pytest.mark.parametrize("temperature", [0, 1e-40, 1e40, INF])
-def test_few_classes_at_any_temperature(temperature):
+def test_any_temperature(temperature):
     z = torch.tensor([1.0, 2, -INF, 2, 0], dtype=F64)
     p = {0: [0, 0.5, 0, 0.5, 0], 1e-40: [0, 0.5, 0, 0.5, 0]}
     wanted = np.array(p.get(temperature, [0.25, 0.25, 0, 0.25, 0.25]))
@@ -526,6 +525,27 @@ def test_blocks(draw, monkeypatch):
         draw(z, 2)
 
 
+@pytest.mark.parametrize(
+    "shape", [(600, 1000), (3, 200, 1000), (2, 300_000)]
+)
+def test_no_block_is_larger_than_a_row_need_be(monkeypatch, shape):
+    # So that no float64 copy of a large batch arises.
+    right, sizes = sampling._invert, []
+
+    def spy(x, n, *args):
+        sizes.append(len(x) * max(x.shape[-1], n))
+        return right(x, n, *args)
+
+    monkeypatch.setattr(sampling, "_invert", spy)
+    x = torch.zeros(shape)
+    for n in (1, 5000):
+        sizes.clear()
+        y = sample(x, n, generator=generator())
+        assert y.shape == (*shape[:-1], n)
+        assert len(sizes) > 1
+        assert max(sizes) <= max(2**18, shape[-1])
+
+
 @pytest.mark.parametrize("draw", ALL)
 def test_the_input_is_left_alone(draw):
     for z in (logits(30), logits(5000), logits(5000, dtype=F32)):
@@ -559,23 +579,25 @@ def test_rows_without_a_distribution(draw, temperature, classes):
         with pytest.raises(ValueError, match=f"^{name}\\(\\): {words}"):
             draw(z, n, temperature=temperature, **options)
 
+    none_of = "has 0 of {} classes to draw from, logits that are -inf or"
+
     for dtype in (F32, F64):
         for value, words in bad.items():
             z = torch.zeros(classes, dtype=dtype)
             z[1] = value
             refused(z, f"input {words}")
         z = torch.full((classes,), -INF, dtype=dtype)
-        refused(z, "input has no class to draw: every logit is -inf or")
+        refused(z, f"input {none_of.format(classes)}")
     if classes <= 50:
         z = torch.zeros(2, classes, 3)
         z[1, :, 2] = -INF
         with pytest.raises(
-            ValueError, match=r"row \(1, 2\) of input has no"
+            ValueError, match=r"row \(1, 2\) of input has 0 of"
         ):
             draw(z, 2, 1, temperature=temperature)
         z = torch.zeros(classes)
         none = torch.zeros(classes, dtype=torch.bool)
-        refused(z, "input has no class to draw", mask=none)
+        refused(z, f"input {none_of.format(classes)}", mask=none)
 
 
 @pytest.mark.parametrize("draw", ALL)
@@ -590,7 +612,7 @@ def test_errors(draw):
 
     refused(TypeError, "input must be a torch.Tensor", [1.0], 2)
     refused(NotImplementedError, "integers", z.long(), 2)
-    for value in (2.0, True, None, "2", (2,), torch.tensor(2)):
+    for value in (2.0, True, np.True_, None, "2", (2,), torch.tensor(2)):
         refused(TypeError, f"{count} must be an int, got", z, value)
     refused(ValueError, f"{count} must be at least 0, got -1", z, -1)
     refused(IndexError, "dim out of range", z, 2, 1)
@@ -602,8 +624,9 @@ def test_errors(draw):
     refused(TypeError, "temperature must be", z, 2, temperature="hot")
     refused(TypeError, "mask must be of dtype bool", z, 2, mask=z)
     refused(RuntimeError, "mask must be broad", z, 2, mask=z[:2] == 0)
-    refused(ValueError, "there are no classes", torch.zeros(2, 0), 1)
-    refused(ValueError, "there are no classes", torch.zeros(0), 1)
+    none = r"input has 0 of 0 classes to draw from"
+    refused(ValueError, rf"row \(0,\) of {none}", torch.zeros(2, 0), 1)
+    refused(ValueError, none, torch.zeros(0), 1)
     with pytest.raises(TypeError):
         draw(z, 2, generator=0)
     with pytest.raises(TypeError):
@@ -612,15 +635,121 @@ def test_errors(draw):
 
 def test_k_is_at_most_the_number_of_classes():
     z = torch.tensor([[0.0, 1.0, 2.0], [0.0, -INF, 1.0]])
-    words = r"k = 3 .* row \(1,\) of input has only 2 of 3 classes"
+    words = r"row \(1,\) of input has 2 of 3 .* at least 3; .* a smaller k"
     for temperature in (0, 1, INF):
         with pytest.raises(ValueError, match=words):
             gumbel_top_k(z, 3, temperature=temperature)
     mask = torch.tensor([True, False, True])
-    with pytest.raises(ValueError, match="input has only 2 of 3"):
+    with pytest.raises(ValueError, match="input has 2 of 3"):
         gumbel_top_k(z[0], 3, mask=mask)
-    with pytest.raises(ValueError, match="k = 4 .* only 3 of 3 classes"):
+    with pytest.raises(ValueError, match="has 3 of 3 .* at least 4"):
         gumbel_top_k(z[:1], 4)
+
+
+# --- however it is called ------------------------------------------------
+
+
+@pytest.mark.parametrize("draw", ALL)
+@pytest.mark.parametrize("kind", [np.int64, np.int8, np.uint16])
+def test_integers_of_numpy(draw, kind):
+    x = torch.randn(3, 4, generator=generator())
+    y = draw(x, kind(2), kind(0), generator=generator())
+    assert torch.equal(y, draw(x, 2, 0, generator=generator()))
+
+
+@pytest.mark.parametrize("draw", ALL)
+@pytest.mark.parametrize("randomness", ["error", "same", "different"])
+def test_vmap_is_refused_in_words(draw, randomness):
+    x = torch.randn(3, 4, generator=generator())
+    words = rf"^{draw.__name__}\(\): torch.vmap .* as leading dimensions"
+
+    def refused(function, *args):
+        with pytest.raises(RuntimeError, match=words):
+            torch.vmap(function, randomness=randomness)(*args)
+
+    refused(lambda z: draw(z, 2), x)
+    refused(lambda m: draw(x[0], 2, mask=m), x < 9)
+    # Under another transform, too.
+    refused(torch.func.grad(lambda z: z[draw(z, 2)].sum()), x)
+
+
+@pytest.mark.parametrize("draw", ALL)
+@pytest.mark.parametrize("temperature", [0, 0.7, 1, INF])
+def test_other_transforms_see_draws_as_constants(draw, temperature):
+    x = torch.randn(3, 4, generator=generator(), dtype=F64)
+    options = {"temperature": temperature}
+    y = draw(x, 2, generator=generator(), **options)
+    drawn = torch.zeros_like(x).scatter_add_(
+        1, y, torch.ones(3, 2, dtype=F64)
+    )
+
+    def total(z):
+        return z.gather(
+            1, draw(z, 2, generator=generator(), **options)
+        ).sum()
+
+    assert torch.equal(torch.func.grad(total)(x), drawn)
+    # Small integers, whose sum is exact.
+    tangent = torch.arange(12, dtype=F64).view(3, 4)
+    change = torch.func.jvp(total, (x,), (tangent,))[1]
+    assert torch.equal(change, (tangent * drawn).sum())
+    with torch.inference_mode():
+        z = x.clone()
+        assert torch.equal(draw(z, 2, generator=generator(), **options), y)
+
+
+@pytest.mark.parametrize("draw", ALL)
+def test_shapes_without_values(draw):
+    x = torch.randn(3, 4, 5, generator=generator())
+    for dim, shape in ((-1, (3, 4, 2)), (0, (2, 4, 5))):
+        y = draw(x.to("meta"), 2, dim, mask=x.to("meta") < 9)
+        assert y.is_meta
+        assert (y.shape, y.dtype) == (shape, torch.int64)
+        assert y.is_contiguous()
+        with FakeTensorMode() as mode:
+            y = draw(mode.from_tensor(x), 2, dim)
+        assert isinstance(y, FakeTensor)
+        assert (y.shape, y.dtype) == (shape, torch.int64)
+
+
+@pytest.mark.parametrize("draw", ALL)
+@pytest.mark.parametrize("dtype", [F16, BF16, F32, F64])
+@pytest.mark.parametrize("classes", [40, 5000])
+def test_autocast_changes_nothing(draw, dtype, classes):
+    x = logits(classes).to(dtype)
+    for temperature in (0.7, 1):
+        options = {"temperature": temperature}
+        expect = draw(x, 20, generator=generator(), **options)
+        with torch.autocast("cpu", dtype=BF16):
+            y = draw(x, 20, generator=generator(), **options)
+        assert torch.equal(y, expect)
+
+
+@pytest.mark.parametrize("draw", ALL)
+def test_a_compiler_breaks_its_graph(draw):
+    x = torch.randn(3, 40, generator=generator())
+    expect = draw(2 * x, 5, generator=generator()) + 1
+    torch.compiler.reset()
+    function = torch.compile(
+        lambda z, g: draw(2 * z, 5, generator=g) + 1, backend="eager"
+    )
+    assert torch.equal(function(x, generator()), expect)
+    with pytest.raises(ValueError, match=r"row \(1,\) of input holds NaN"):
+        function(x.index_fill(0, torch.tensor([1]), NAN), generator())
+
+
+@pytest.mark.parametrize("draw", ALL)
+def test_a_trace_is_refused_in_words(draw):
+    with pytest.raises(RuntimeError, match="torch.jit.trace would keep"):
+        torch.jit.trace(lambda z: draw(z, 2), torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("draw", ALL)
+def test_a_second_thread(draw):
+    x = torch.randn(3, 40, generator=generator())
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(draw, x, 5, generator=generator())
+    assert torch.equal(call.result(), draw(x, 5, generator=generator()))
 
 
 def test_examples():
