@@ -6,8 +6,10 @@ import torch
 from benchmarks.measure import digits, paired, seconds, table
 from softmaxlib.sampling import gumbel_max, gumbel_top_k, sample
 
-DRAWS = (1000, 10_000, 100_000)
+DRAWS = (100, 1000, 10_000, 100_000)
 CLASSES = (5, 1000, 131_072)
+# Rows and classes of batches from which one draw a row is made.
+BATCHES = ((1, 1000), (64, 10), (512, 1000), (64, 50_000))
 # Noise for every draw and class: beyond this many, seconds a call.
 MOST_NOISE = 10**7
 # Logits: five equal ones, those of the book's figure, and normal ones. A
@@ -96,6 +98,36 @@ def draws_table():
     return table(header, rows)
 
 
+def batch_table():
+    """One draw a row, at two temperatures, against PyTorch's."""
+    rows = []
+    for shape in BATCHES:
+        z = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        for temperature in (1.0, 0.7):
+
+            def ours(z=z, temperature=temperature):
+                return sample(z, 1, temperature=temperature)
+
+            def scaled(z=z, temperature=temperature):
+                return z if temperature == 1 else z / temperature
+
+            def multinomial(scaled=scaled):
+                return torch.multinomial(torch.softmax(scaled(), -1), 1)
+
+            def categorical(scaled=scaled):
+                peer = torch.distributions.Categorical(logits=scaled())
+                return peer.sample()
+
+            found = [
+                paired(ours, peer, repeats=31)
+                for peer in (multinomial, categorical)
+            ]
+            name = f"{shape[0]:,} × {shape[1]:,}"
+            time = seconds(min(ratio.ours for ratio in found))
+            rows.append([name, temperature, time, *found])
+    return table(["batch", "T", "sample()", *NAMES[:2]], rows)
+
+
 def others_table():
     """gumbel_max against NumPy's, top-k against multinomial's."""
     rows = []
@@ -131,7 +163,17 @@ def report() -> str:
             "`torch.distributions.Categorical(logits=z).sample((n,))`, and in "
             "NumPy, from arrays: `rng.choice(p=...)`, a hand-written search "
             "of the cumulative sum, and the arg max of Gumbel noise.",
+            "`sample()` is plain inversion: for many draws from one row its "
+            "time is that of uniform numbers and binary searches, which the "
+            "peers need as well, and for few draws that of some twelve calls "
+            "and the checks. What it has above `torch.multinomial` there is "
+            "float64 sums, numbers of 53 bits and errors in words, and those "
+            "have their price.",
             draws_table(),
+            "One draw from each row of a batch, where `torch.multinomial` "
+            "draws a number for every class and `sample()` one for every "
+            "row:",
+            batch_table(),
             "Noise for every class, in float64, and draws without "
             "replacement:",
             others_table(),

@@ -169,7 +169,8 @@ def gumbel_max(
     probabilities below 1e-16 are not resolved.
 
     Complexity, for n draws from each row: O(n K) time a row; besides the
-    result a block of 2 MiB of noise, or one row if that is longer.
+    result a few blocks of 2 MiB, or rows of K or n entries if those are
+    longer.
 
     Example:
         >>> import torch
@@ -279,7 +280,8 @@ def _draw(
     mask = _check.mask(function, mask, x)
     x = x if mask is None else x.masked_fill(~mask, -math.inf)
     _refuse_transforms(function, x)
-    x = x.movedim(dim, -1) if dim + 1 < x.ndim else x.view(x.shape or (1,))
+    if dim + 1 != x.ndim:
+        x = x.movedim(dim, -1) if x.ndim else x.view(1)
     index = _blockwise(draw, x, count, temperature, generator)
     if index is None:
         _refuse(function, x, count if name == "k" else 1)
@@ -468,7 +470,6 @@ def _exact_order(x: Tensor, noise: Tensor, temperature: float) -> Tensor:
     back = high - x
     low = (x - (high - back)) + (addend - back)
     order = noise.argsort(-1, descending=True)
-    for key in (low, high):
-        step = (-key).gather(-1, order).argsort(stable=True)
-        order = order.gather(-1, step)
+    for key in (-low, -high):
+        order = order.gather(-1, key.gather(-1, order).argsort(stable=True))
     return order
