@@ -5,14 +5,15 @@ With kernels that are looked up by name in `softmaxlib._kernels`, this is
 of its autograd functions; what translates between the two goes with it.
 """
 
+import importlib
+
 import torch
 
 from softmaxlib import _kernels
 
-try:
-    from softmaxlib import _check as checks
-except ImportError:
-    from softmaxlib import _arguments as checks
+_OLD = not hasattr(_kernels, "softmax_jacobian")
+_NAME = "_arguments" if _OLD else "_check"
+checks = importlib.import_module(f"softmaxlib.{_NAME}")
 
 
 def find(name):
@@ -32,7 +33,6 @@ def put(patch, name, function):
 
 # --- version 0.1.0 -------------------------------------------------------
 
-_OLD = not hasattr(_kernels, "softmax_jacobian")
 _CLASSES = {
     "softmax": "Softmax",
     "log_softmax": "LogSoftmax",
