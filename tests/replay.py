@@ -136,37 +136,52 @@ def _compiled(name: str, cell: str, source: str):
 
 
 def _needed(name: str, wanted: Collection[str]) -> list[Cell]:
-    """The cells wanted, and above them those that they may depend on."""
+    """The cells wanted, and above them those that they depend on."""
     chosen: list[Cell] = []
     missing: set[str] = set()
     for cell in reversed(cells(name)):
-        bound, used = _names(cell.source)
-        if cell.id in wanted or (
-            chosen and (not cell.labels or bound & missing)
-        ):
+        bound, changed, used = _names(cell.source)
+        if cell.id in wanted or (bound | changed) & missing:
             chosen.append(cell)
-            missing = missing - bound | used
+            missing = missing - bound | changed | used
     return chosen[::-1]
 
 
 @functools.cache
-def _names(source: str) -> tuple[set[str], set[str]]:
-    """The names that a cell binds, and those it takes from above."""
-    bound, used = set(), set()
+def _names(source: str) -> tuple[set[str], set[str], set[str]]:
+    """The names that a cell binds, changes in place, and takes from above.
+
+    Changed is what stands before a dot or a bracket that is assigned to, or
+    before the method that a statement calls for its effect, as in
+    `rows.append(1)` or `torch.manual_seed(0)`.
+    """
+    bound, changed, used = set(), set(), set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Name):
-            kept = isinstance(node.ctx, ast.Load)
-            (used if kept else bound).add(node.id)
-        elif isinstance(node, ast.AugAssign):
-            if isinstance(node.target, ast.Name):
-                used.add(node.target.id)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            bound.add(node.name)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            bound |= {
-                (a.asname or a.name).split(".")[0] for a in node.names
-            }
-    return bound, used - bound
+        match node:
+            case ast.Name(id, ast.Load()):
+                used.add(id)
+            case ast.Name(id):
+                bound.add(id)
+            case ast.AugAssign(ast.Name(id)):
+                changed.add(id)
+            case (
+                ast.Attribute(ctx=ast.Store())
+                | ast.Subscript(ctx=ast.Store())
+            ):
+                changed |= _root(node)
+            case ast.Expr(ast.Call(ast.Attribute() as method)):
+                changed |= _root(method)
+            case ast.FunctionDef(name) | ast.ClassDef(name):
+                bound.add(name)
+            case ast.Import(names) | ast.ImportFrom(names=names):
+                bound |= {(a.asname or a.name).split(".")[0] for a in names}
+    return bound - changed, changed, used - bound
+
+
+def _root(node: ast.expr) -> set[str]:
+    while isinstance(node, ast.Attribute | ast.Subscript):
+        node = node.value
+    return {node.id} if isinstance(node, ast.Name) else set()
 
 
 # --- what a chapter calls ------------------------------------------------
