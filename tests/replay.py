@@ -14,6 +14,7 @@ import io
 import json
 import pathlib
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator
 
@@ -23,6 +24,7 @@ import softmaxlib
 from softmaxlib import testing
 
 CHAPTERS = pathlib.Path(__file__).parent.parent / "chapters"
+SABOTEURS = pathlib.Path(__file__).parent / "saboteurs"
 
 
 @dataclasses.dataclass
@@ -50,11 +52,22 @@ class Outcome:
     def caught(self) -> bool:
         """Whether the cell noticed that the library is wrong.
 
-        A name that an earlier failure left undefined is no notice.
+        A name that an earlier failure left undefined is no notice, nor is a
+        saboteur that fails itself.
         """
-        return self.error is not None and not isinstance(
-            self.error, NameError
+        return not (
+            self.error is None
+            or isinstance(self.error, NameError)
+            or self.crashed
         )
+
+    @property
+    def crashed(self) -> bool:
+        """Whether the error was raised by the code of a saboteur."""
+        if self.error is None:
+            return False
+        *_, (frame, _) = traceback.walk_tb(self.error.__traceback__)
+        return SABOTEURS in pathlib.Path(frame.f_code.co_filename).parents
 
 
 def notebooks() -> list[str]:

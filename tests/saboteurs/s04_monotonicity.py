@@ -9,7 +9,7 @@ CHAPTER = "04_monotonicity"
 
 def _swap_near_pairs(x, values, dim, gap):
     """Exchange the values at two logits that are closer than `gap`."""
-    logits, order = x.movedim(dim, -1).sort(-1, stable=True)
+    logits, order = x.movedim(dim, -1).sort(dim=-1, stable=True)
     step = logits.diff(dim=-1)
     near = (step > 0) & (step < gap)
     before = torch.zeros_like(near)
