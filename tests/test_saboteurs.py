@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import functools
 import math
 import pathlib
 from collections.abc import Iterable, Iterator
@@ -78,6 +79,42 @@ def catches(
             yield outcome.cell.id
 
 
+class _Noting(pytest.MonkeyPatch):
+    """Notes the names of what is patched, and of its class."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def setattr(self, target, name, *value, **options):
+        self.names |= {name, getattr(target, "__name__", name)}
+        super().setattr(target, name, *value, **options)
+
+
+@functools.cache
+def touches(name: str) -> set[str]:
+    """The names of the functions and kernels that a saboteur replaces."""
+    patch = _Noting()
+    try:
+        saboteurs.SABOTEURS[name](patch)
+    finally:
+        patch.undo()
+    return patch.names
+
+
+def likely(chapter: str, name: str, wanted: Iterable[str]) -> list[str]:
+    """The cells that call what a saboteur replaces, by its own name.
+
+    They are asked first: a cell that notices nothing takes longest.
+    """
+    calls = replay.calls(chapter)
+    return [cell for cell in wanted if calls[cell] & touches(name)]
+
+
+def everything(chapter: str, name: str, wanted: list[str]) -> list[str]:
+    return wanted
+
+
 def described(chapter: str, ids: Iterable[str]) -> list[str]:
     cells = replay.tagged(chapter)
     return [f"{cell} {' '.join(cells[cell].labels)}" for cell in ids]
@@ -128,9 +165,11 @@ def test_every_cell_notices_a_saboteur(chapter):
             saboteurs.SABOTEURS[name].chapter != chapter,
         ),
     )
-    for name in order:
-        caught = set(catches(chapter, name, empty)) if empty else set()
-        empty = [cell for cell in empty if cell not in caught]
+    for some in (likely, everything):
+        for name in order:
+            wanted = some(chapter, name, empty)
+            caught = set(catches(chapter, name, wanted))
+            empty = [cell for cell in empty if cell not in caught]
     assert not empty, f"nothing fails {described(chapter, empty)}"
 
 
@@ -143,7 +182,10 @@ def test_every_saboteur_is_noticed_by_a_chapter(name):
     assert any(
         cell
         for chapter in chapters
-        for cell in catches(chapter, name, list(replay.tagged(chapter)))
+        for some in (likely, everything)
+        for cell in catches(
+            chapter, name, some(chapter, name, list(replay.tagged(chapter)))
+        )
     )
 
 
