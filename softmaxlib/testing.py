@@ -5,10 +5,12 @@ the last place, and :func:`attack`, which searches for a counterexample to a
 statement and returns its evidence. Needs Hypothesis and mpmath.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import hypothesis
 import mpmath
@@ -21,6 +23,7 @@ __all__ = [
     "Evidence",
     "Oracle",
     "attack",
+    "case_limit",
     "distributions",
     "enumerate_cases",
     "logits",
@@ -93,6 +96,57 @@ def _settings(cases: int, **options) -> hypothesis.settings:
     )
 
 
+_case_limit: contextvars.ContextVar[int | None] = contextvars.ContextVar(
+    "case_limit", default=None
+)
+
+
+@contextlib.contextmanager
+def case_limit(cases: int) -> Iterator[None]:
+    """Let every :func:`attack` inside draw at most so many cases.
+
+    For those who run many attacks and ask only whether one fails: a
+    counterexample is raised as it was found, and not shrunk. Edge cases
+    come first, so that few cases find most mistakes. Enumerations and
+    :func:`smallest` keep their length.
+
+    Args:
+        cases: the largest number of cases, at least 1. The smallest limit
+            counts where several are nested.
+
+    Raises:
+        ValueError: ``cases`` is less than one.
+
+    Example:
+        >>> from hypothesis import strategies as st
+        >>> with case_limit(5):
+        ...     @attack("thm-square", st.integers(-9, 9), cases=50)
+        ...     def squares(n):
+        ...         assert n * n >= 0
+        >>> squares.cases
+        5
+    """
+    if cases < 1:
+        raise ValueError(
+            f"case_limit(): cases must be at least 1, got {cases}"
+        )
+    outer = _case_limit.get()
+    token = _case_limit.set(cases if outer is None else min(cases, outer))
+    try:
+        yield
+    finally:
+        _case_limit.reset(token)
+
+
+def _attack_settings(cases: int) -> hypothesis.settings:
+    """Those of an attack, under the limit of the context."""
+    limit = _case_limit.get()
+    if limit is None:
+        return _settings(cases)
+    phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+    return _settings(min(cases, limit), phases=phases)
+
+
 def _deviation(label, check, values, bound) -> float | None:
     """Run one case; None if the check measures nothing."""
     deviation = check(*values)
@@ -126,7 +180,8 @@ def attack(
     (``assert`` will do) where the statement fails, or returns the deviation
     it measured, which must not exceed ``bound``. Hypothesis draws ``cases``
     examples, the same ones at every run, edge cases first; on a failure it
-    shrinks the counterexample and raises with it.
+    shrinks the counterexample and raises with it. Inside :func:`case_limit`
+    it draws fewer and shrinks nothing.
 
     Args:
         label: the label of the statement under attack.
@@ -161,7 +216,7 @@ def attack(
             worst = _larger(worst, _deviation(label, check, values, bound))
 
         test = hypothesis.given(st.tuples(*strategies))(body)
-        _settings(cases)(test)()
+        _attack_settings(cases)(test)()
         return Evidence(label, tried, worst, bound, "hypothesis", note)
 
     return run

@@ -1,0 +1,119 @@
+"""Wrong libraries for the chapter on the Hessian."""
+
+import torch
+
+import softmaxlib
+from saboteurs import kernel, plain, replace, right, saboteur
+
+CHAPTER = "12_hessian"
+
+
+def _let_hessian(patch, change):
+    """Let the second derivative be `change(p, right, 1 / T)`."""
+    known = right("softmax_hessian")
+
+    def wrong(x, dim, temperature, out):
+        known(x, dim, temperature, out)
+        p = plain.softmax(x, None, dim, temperature).movedim(dim, -1)
+        out.copy_(change(p, out.clone(), plain.slope(temperature)))
+
+    kernel(patch, "softmax_hessian", wrong)
+
+
+@saboteur(CHAPTER)
+def hessian_of_the_wrong_sign(patch):
+    """Returns minus the second derivative of softmax."""
+    _let_hessian(patch, lambda p, known, scale: -known)
+
+
+@saboteur(CHAPTER)
+def hessian_without_a_delta(patch):
+    """Forgets the delta_jk in the second derivative of softmax."""
+
+    def change(p, known, scale):
+        d = torch.eye(p.shape[-1], dtype=p.dtype) - p.unsqueeze(-2)
+        pair = p.unsqueeze(-1) * p.unsqueeze(-2)
+        inner = d.unsqueeze(-1) * d.unsqueeze(-2) + pair.unsqueeze(-3)
+        return p[..., None, None] * inner * scale**2
+
+    _let_hessian(patch, change)
+
+
+@saboteur(CHAPTER)
+def hessian_without_any_delta(patch):
+    """Returns 2 p_i p_j p_k everywhere: symmetric, and wrong."""
+
+    def change(p, known, scale):
+        pair = p.unsqueeze(-1) * p.unsqueeze(-2)
+        return 2 * p[..., None, None] * pair.unsqueeze(-3) * scale**2
+
+    _let_hessian(patch, change)
+
+
+@saboteur(CHAPTER)
+def hessian_as_a_padded_square(patch):
+    """Puts one row of each slice into a tensor of zeros."""
+
+    def change(p, known, scale):
+        square = known.diagonal(0, -3, -2).mT  # entry (i, j) is T_iij
+        return torch.diag_embed(square, 0, -3, -1).mT
+
+    _let_hessian(patch, change)
+
+
+@saboteur(CHAPTER)
+def hessian_with_one_temperature(patch):
+    """Divides the second derivative of softmax by T once, not twice."""
+    _let_hessian(patch, lambda p, known, scale: known / scale)
+
+
+@saboteur(CHAPTER)
+def hvp_with_one_temperature(patch):
+    """Divides the product with the second derivative by T once."""
+
+    def wrong(x, u, v, dim, temperature, out):
+        p = plain.softmax(x, None, dim, temperature)
+        u, v = (t - plain.mean(p, t, dim) for t in (u.double(), v.double()))
+        product = p * (u * v - plain.mean(p, u * v, dim))
+        out.copy_(product * plain.slope(temperature))
+
+    kernel(patch, "softmax_hvp", wrong)
+
+
+@saboteur(CHAPTER)
+def curvature_without_the_outer_product(patch):
+    """Takes diag(p) for the Jacobian of softmax, and p v for its product."""
+
+    def jacobian(x, dim, temperature, out):
+        p = plain.softmax(x, None, dim, temperature).movedim(dim, -1)
+        out.copy_(torch.diag_embed(p * plain.slope(temperature)))
+
+    def product(x, v, dim, temperature, out):
+        p = plain.softmax(x, None, dim, temperature)
+        out.copy_(p * v * plain.slope(temperature))
+
+    kernel(patch, "softmax_jacobian", jacobian)
+    kernel(patch, "softmax_jvp", product)
+
+
+@saboteur(CHAPTER)
+def curvature_along_the_last_axis(patch):
+    """Multiplies by the Hessian of log-sum-exp over the last axis."""
+    known = softmaxlib.logsumexp_hvp
+
+    def last(input, tangent, dim):
+        return known(input, tangent, -1)
+
+    replace(patch, "logsumexp_hvp", last)
+
+
+@saboteur(CHAPTER)
+def transposed_log_softmax_jacobian(patch):
+    """Returns I - p 1^T where it should be I - 1 p^T."""
+    known = right("log_softmax_jacobian")
+
+    def wrong(x, dim, temperature, out):
+        known(x, dim, temperature, out)
+        out.copy_(out.mT.clone())
+
+    kernel(patch, "log_softmax_jacobian", wrong)
