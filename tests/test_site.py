@@ -20,7 +20,8 @@ import torch
 
 from softmaxlib import softmax
 
-SITE = Path(__file__).resolve().parent.parent / "_build" / "html"
+ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT / "_build" / "html"
 PAGES = sorted(
     str(page.relative_to(SITE))
     for page in SITE.rglob("*.html")
@@ -236,9 +237,24 @@ def test_page_in_chromium(page, view, browser, address):
         context.close()
 
 
+FOLDED = '<details class="check">'
+
+
 def pages_with_folded_checks():
-    folded = '<details class="check">'
-    return [p for p in PAGES if folded in (SITE / p).read_text("utf-8")]
+    return [p for p in PAGES if FOLDED in (SITE / p).read_text("utf-8")]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_check_is_folded(page):
+    notebook = ROOT / Path(page).with_suffix(".ipynb")
+    if not notebook.exists():
+        return
+    checks = sum(
+        any(tag.startswith("checks:") for tag in cell["metadata"]["tags"])
+        for cell in json.loads(notebook.read_text("utf-8"))["cells"]
+        if "tags" in cell["metadata"]
+    )
+    assert (SITE / page).read_text("utf-8").count(FOLDED) == checks
 
 
 @pytest.fixture
