@@ -374,8 +374,11 @@ def is_bound(symbol):
 def evidence(source):
     """The names of the evidence in a cell: nothing is computed with it."""
     for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef) and node.decorator_list:
-            yield node.name
+        if isinstance(node, ast.FunctionDef):
+            if any(
+                "attack(" in ast.unparse(d) for d in node.decorator_list
+            ):
+                yield node.name
         elif isinstance(node, ast.Assign):
             value = ast.unparse(node.value)
             if value.startswith("enumerate_cases("):
@@ -418,6 +421,7 @@ def test_nothing_that_is_needed_is_defined_in_a_folded_check(chapter):
         ("def f():\n    a = 1", "a", set()),
         ("@attack('thm-a')\ndef found(z): pass", "found.cases", set()),
         ("found = enumerate_cases('thm-a', c, d)", "found", set()),
+        ("@cache\ndef f(): pass", "f()", {"f"}),
         ("a = 1", "def a(): pass\na()", set()),
     ],
 )
