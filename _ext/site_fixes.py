@@ -9,25 +9,18 @@
   are dropped, so that the pages are valid and accessible.
 * A claim that the book refutes (label ``false-...``) and a proof get classes
   of their own, for ``_static/softmax.css``.
-* The evidence of a check carries its facts as JSON; they become a sentence
-  below the cell.
 * A broken formula is an error: MathJax shows it in red in the browser and
   says nothing at build time, so ``tests/test_site.py`` looks for it.
 """
 
-import json
 import re
 from importlib.metadata import distribution
 from pathlib import Path
 
 from docutils import nodes
-from myst_nb.core.render import NbElementRenderer
 from sphinx.application import Sphinx
-from sphinx.config import Config
 from sphinx.errors import ExtensionError
 from sphinx.util.fileutil import copy_asset
-
-from softmaxlib.testing import Evidence
 
 # What a page loads: the bundle, its fonts, and what the bundle fetches on
 # demand: TeX extensions, and the reader for screen-reader users.
@@ -107,30 +100,7 @@ def mark_statements(app: Sphinx, doctree: nodes.document) -> None:
             parent.insert(at, nodes.emphasis("", "Proof."))
 
 
-def show_evidence(app: Sphinx, config: Config) -> None:
-    """Show the evidence of a check as a sentence, not as program output."""
-    config.nb_mime_priority_overrides = [
-        *config.nb_mime_priority_overrides,
-        ("html", Evidence.MIME, 0),
-    ]
-    render = NbElementRenderer.render_mime_type
-
-    def render_mime_type(self, data):
-        if data.mime_type != Evidence.MIME:
-            return render(self, data)
-        facts = data.content
-        if isinstance(facts, str):
-            facts = json.loads(facts)
-        evidence = Evidence(**facts)
-        said = str(evidence).removeprefix(f"{evidence.label}: ")
-        sentence = nodes.paragraph("", f"{said[0].upper()}{said[1:]}.")
-        return [nodes.container("", sentence, classes=["evidence"])]
-
-    NbElementRenderer.render_mime_type = render_mime_type
-
-
 def setup(app: Sphinx) -> dict:
-    app.connect("config-inited", show_evidence)
     app.connect("build-finished", copy_mathjax)
     app.connect("doctree-read", mark_statements)
     # Late, so that it sees the scripts that the other extensions add.

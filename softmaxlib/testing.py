@@ -68,13 +68,17 @@ class Evidence:
     MIME = "application/vnd.softmaxlib.evidence+json"
 
     def __str__(self) -> str:
-        parts = [f"{self.cases:,} cases, none against it"]
-        if self.worst is not None:
-            limit = "" if self.bound is None else f" of {self.bound:.3g}"
-            parts.append(f"worst deviation {self.worst:.3g}{limit}")
-        if self.note:
-            parts.append(self.note)
-        return f"{self.label}: {'; '.join(parts)}"
+        done = "attacked with" if self.how == "hypothesis" else "tried on"
+        cases = "case" if self.cases == 1 else "cases"
+        parts = [f"{done} {self.cases:,} {cases}"]
+        if self.worst is None:
+            parts.append("none against it")
+        else:
+            parts.append(f"worst deviation {self.worst:.3g}")
+            if self.bound is not None:
+                parts[-1] += f" of {self.bound:.3g} allowed"
+        said = ", ".join(parts)
+        return f"{self.label}: {said}{self.note and f'; {self.note}'}"
 
     __repr__ = __str__
 
@@ -249,7 +253,7 @@ def enumerate_cases(
     Example:
         >>> enumerate_cases("thm-even", range(0, 9, 2), lambda n: n % 2,
         ...                 bound=0)
-        thm-even: 5 cases, none against it; worst deviation 0 of 0
+        thm-even: tried on 5 cases, worst deviation 0 of 0 allowed
     """
     tried, worst = 0, None
     for case in cases:

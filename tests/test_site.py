@@ -20,7 +20,8 @@ import torch
 
 from softmaxlib import softmax
 
-SITE = Path(__file__).resolve().parent.parent / "_build" / "html"
+ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT / "_build" / "html"
 PAGES = sorted(
     str(page.relative_to(SITE))
     for page in SITE.rglob("*.html")
@@ -234,6 +235,76 @@ def test_page_in_chromium(page, view, browser, address):
         assert tab.evaluate(FAINT_TEXT) == [], "contrast below 4.5"
     finally:
         context.close()
+
+
+FOLDED = '<details class="check">'
+
+
+def pages_with_folded_checks():
+    return [p for p in PAGES if FOLDED in (SITE / p).read_text("utf-8")]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_check_is_folded(page):
+    notebook = ROOT / Path(page).with_suffix(".ipynb")
+    if not notebook.exists():
+        return
+    checks = sum(
+        any(tag.startswith("checks:") for tag in cell["metadata"]["tags"])
+        for cell in json.loads(notebook.read_text("utf-8"))["cells"]
+        if "tags" in cell["metadata"]
+    )
+    assert (SITE / page).read_text("utf-8").count(FOLDED) == checks
+
+
+@pytest.fixture
+def first_check(browser, address):
+    """A page without scripts, and the first of its folded checks."""
+    pages = pages_with_folded_checks()
+    if not pages:
+        refuse("no page with a folded check is built")
+    context = browser.new_context(java_script_enabled=False)
+    tab = context.new_page()
+    tab.goto(address + pages[0])
+    yield tab, tab.locator("details.check").first
+    context.close()
+
+
+def test_a_check_opens_by_keyboard_without_scripts(first_check):
+    tab, check = first_check
+    code = check.locator(".cell_input pre")
+    assert not code.is_visible()
+    check.locator("summary").focus()
+    for key, shown in (("Enter", True), ("Space", False), ("Space", True)):
+        tab.keyboard.press(key)
+        assert code.is_visible() == shown
+
+
+def test_a_check_is_printed_open(first_check):
+    tab, check = first_check
+    code = check.locator(".cell_input pre")
+    assert code.bounding_box() is None or not code.is_visible()
+    tab.emulate_media(media="print")
+    assert code.is_visible()
+    assert code.bounding_box()["height"] > 10
+    # What follows stands below it, not upon it.
+    cell = check.locator("xpath=..").bounding_box()
+    bottom = code.bounding_box()["y"] + code.bounding_box()["height"]
+    assert bottom <= cell["y"] + cell["height"] + 1
+
+
+def test_a_screen_reader_says_the_verdict(first_check):
+    tab, check = first_check
+    session = tab.context.new_cdp_session(tab)
+    tree = session.send("Accessibility.getFullAXTree")["nodes"]
+    names = [
+        node["name"]["value"]
+        for node in tree
+        if node.get("role", {}).get("value") == "DisclosureTriangle"
+    ]
+    verdict = check.locator("summary").inner_text()
+    assert re.match("✓ (attacked with|tried on) ", verdict)
+    assert verdict in names
 
 
 @pytest.mark.skipif(not PAGES, reason="the book is not built")

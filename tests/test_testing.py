@@ -20,7 +20,7 @@ def test_attack_counts_and_measures():
     assert evidence.label == "thm-x"
     assert 10 <= evidence.cases <= 41
     assert evidence.worst == 9
-    assert "worst deviation 9 of 9; n" in str(evidence)
+    assert "worst deviation 9 of 9 allowed; n" in str(evidence)
     bundle = evidence._repr_mimebundle_()
     assert bundle["text/plain"] == repr(evidence)
     assert json.loads(bundle[testing.Evidence.MIME])["label"] == "thm-x"

@@ -5,10 +5,12 @@
 No outputs, the plain ``python3`` kernel, cell ids from the chapter and a
 running number, and one way to write the JSON, so that a diff shows what an
 author changed and nothing else. JupyterLab undoes all of it when it saves:
-``make tidy`` restores it.
+``make tidy`` restores it. What is folded on the site gets its tag: checks,
+code that only draws, imports.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -23,18 +25,35 @@ METADATA = {
 }
 KEPT = ("tags", "mystnb")  # what the book reads of a cell's metadata
 
+IMPORTS = re.compile(r"^(import|from) ", re.MULTILINE)
+
+
+def prefix(path: Path) -> str:
+    """How the ids of a notebook begin: 06 of 06_stability, else its name."""
+    number = path.stem.split("_")[0]
+    return number if number.isdigit() else path.stem.replace("_", "-")
+
+
+def is_folded(source: str, tags: list[str]) -> bool:
+    """Whether a code cell is one of those that are folded on the site."""
+    checks = any(tag.startswith("checks:") for tag in tags)
+    return checks or "figure" in tags or bool(IMPORTS.search(source))
+
 
 def tidy(path: Path) -> bool:
     """Rewrite one notebook if it needs it; return whether it did."""
     before = path.read_text(encoding="utf-8")
     notebook = json.loads(before)
-    number = path.stem.split("_")[0]
     cells = []
     for old in notebook["cells"]:
         kind = old["cell_type"]
         source = "".join(old["source"]).strip("\n")
         if not source.strip():
             continue
+        tags = old["metadata"].get("tags", [])
+        if kind == "code" and is_folded(source, tags):
+            folded = [t for t in tags if t != "hide-input"]
+            old["metadata"]["tags"] = [*folded, "hide-input"]
         metadata = {
             k: old["metadata"][k] for k in KEPT if k in old["metadata"]
         }
@@ -44,7 +63,7 @@ def tidy(path: Path) -> bool:
         cell["source"] = source.splitlines(keepends=True)
         cells.append(cell)
     for i, cell in enumerate(cells, start=1):
-        cell["id"] = f"{number}-{i:03d}"
+        cell["id"] = f"{prefix(path)}-{i:03d}"
         if cell["cell_type"] == "code":  # the order in which Jupyter writes
             order = ("cell_type", "execution_count", "id", "metadata")
             order += ("outputs", "source")
