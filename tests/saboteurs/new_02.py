@@ -2,8 +2,9 @@
 
 import math
 
-import softmaxlib
 from saboteurs import replace, saboteur
+
+import softmaxlib
 
 
 @saboteur("02_definition")
