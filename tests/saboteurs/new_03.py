@@ -71,11 +71,11 @@ def sums_are_forced_to_one(patch):
     right = softmaxlib.softmax
 
     def forced(input, dim, **options):
-        p = right(input, dim, **options)
-        missing = 1 - p.double().sum(dim, keepdim=True)
-        first = torch.zeros_like(p).narrow(dim, 0, 1) + missing.to(p.dtype)
-        return torch.cat([p.narrow(dim, 0, 1) + first, p.narrow(
-            dim, 1, p.shape[dim] - 1)], dim)  # fmt: skip
+        p = right(input, dim, **options).clone()
+        if p.ndim and p.shape[dim]:
+            missing = 1 - p.double().sum(dim, keepdim=True)
+            p.narrow(dim, 0, 1).add_(missing.to(p.dtype))
+        return p
 
     replace(patch, "softmax", forced)
 
