@@ -23,7 +23,9 @@ def jacobian_in_single_precision(patch):
     """Computes float64 Jacobians in float32."""
 
     def wrong(input, dim, *, temperature=1.0):
-        found = softmax_jacobian(input.float(), dim, temperature=temperature)
+        found = softmax_jacobian(
+            input.float(), dim, temperature=temperature
+        )
         return found.to(input.dtype)
 
     replace(patch, "softmax_jacobian", wrong)
