@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 
 import softmaxlib
-from saboteurs import _present
+from softmaxlib import _check, _kernels
 
 SABOTEURS: dict[str, Callable] = {}
 
@@ -59,8 +59,14 @@ def replace(patch, name: str, function: Callable) -> None:
 
 
 def right(name: str) -> Callable:
-    """The kernel that the library would call now."""
-    return _present.find(name)
+    """The kernel that the library would call now, as one that writes."""
+    kernel = getattr(_kernels, name)
+
+    def writes(*arguments):
+        *given, out = arguments
+        out.copy_(kernel(*given))
+
+    return writes
 
 
 def kernel(patch, name: str, function: Callable) -> None:
@@ -82,10 +88,17 @@ def kernel(patch, name: str, function: Callable) -> None:
     * loss (x, target, weight, dim, smoothing, out) for each row, in
       float64; loss_gradient (x, target, weight, share, dim, smoothing,
       out). The target holds class indices (dim of size 1) or
-      probabilities, weight is None or float64 of shape (K), share is a
-      factor a row, and a share of 0 gives 0.
+      probabilities, weight is None or float64 of the shape of x, share is
+      a factor a row, and a share of 0 gives 0.
     """
-    _present.put(patch, name, function)
+    kernel = getattr(_kernels, name)
+
+    def wrong(*arguments, out=None):
+        result = kernel(*arguments)
+        function(*arguments, result)
+        return result if out is None else out.copy_(result.view(out.shape))
+
+    patch.setattr(_kernels, name, wrong)
 
 
 def check(patch, name: str, function: Callable) -> None:
@@ -99,7 +112,7 @@ def check(patch, name: str, function: Callable) -> None:
 
 def right_check(name: str) -> Callable:
     """The argument check that the library would call now."""
-    return getattr(_present.checks, name)
+    return getattr(_check, name)
 
 
 def _rebind(patch, right: Callable, wrong: Callable) -> None:
