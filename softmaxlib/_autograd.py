@@ -32,10 +32,7 @@ def route(*values: Any) -> Literal["plain", "watched", "kernel"]:
     if torch.compiler.is_compiling():
         return "plain"
     if torch._C._is_tracing():
-        raise RuntimeError(
-            "softmaxlib: torch.jit.trace would keep the values of this one "
-            "call; use torch.export.export or torch.compile"
-        )
+        raise RuntimeError("torch.jit.trace would keep values: use export")
     # Private: no public function says that a functorch transform is active,
     # that forward-mode differentiation is, or that a tensor is batched.
     watched = torch._C._are_functorch_transforms_active()
@@ -69,10 +66,8 @@ def refuse_batches(function: str, x: Tensor) -> None:
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):
-            raise RuntimeError(
-                f"{function}(): torch.vmap cannot map over draws; pass the "
-                f"batch as leading dimensions of input instead"
-            )
+            what = "torch.vmap: pass the batch as leading dimensions"
+            raise RuntimeError(f"{function}(): {what}")
         x = functorch.get_unwrapped(x)
 
 

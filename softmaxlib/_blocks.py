@@ -204,9 +204,8 @@ class Rows:
 
     def total(self) -> Tensor:
         """The sum of the weights."""
-        if compensates(self.x):
-            return self.rest() + 1
-        return self.sum(self.weights)
+        apart = compensates(self.x)
+        return self.rest() + 1 if apart else self.sum(self.weights)
 
     def rest(self) -> Tensor:
         """The sum of the weights without the largest, which is one.
@@ -223,11 +222,13 @@ class Rows:
         rest = self.total() - 1
         confident = rest < _CONFIDENT
         if confident.any():
-            # Here exactly one weight exceeds a half.
+            # Here exactly one weight exceeds a half. In place, and lost.
             others = self.sum(
-                lambda p: torch.threshold(-self.weights(p), -0.5, 0.0)
+                lambda p: torch.threshold_(
+                    self.weights(p).neg_(), -0.5, 0.0
+                )
             )
-            rest = torch.where(confident, -others, rest)
+            rest, self.held = torch.where(confident, -others, rest), False
         return rest
 
     def _put_top(self, piece: slice, new: Tensor | float) -> Tensor:
@@ -283,9 +284,7 @@ def _divide(high: Tensor, low: Tensor, divisor: float) -> None:
     q_high, d_high = _upper_half(quotient, split), _upper_half(d, split)
     q_low, d_low = quotient - q_high, d - d_high
     product = quotient * d
-    error = q_high * d_high - product
-    error += q_high * d_low
-    error += q_low * d_high
+    error = q_high * d_high - product + q_high * d_low + q_low * d_high
     error += q_low * d_low
     # What a narrow format has rounded off the divisor.
     error += quotient * (divisor - d.item())

@@ -108,9 +108,8 @@ def cross_entropy(
     options = weight, ignore_index, reduction, label_smoothing
     case = _prepare(name, input, target, *options)
     x = case.x
-    if dtype is None:
-        dtype = _autograd.autocast_dtype(name, x) or x.dtype
-    dtype = _check.floating(name, dtype)
+    wanted = dtype or _autograd.autocast_dtype(name, x) or x.dtype
+    wanted = _check.floating(name, wanted)
     if case.silent is not None and _autograd.route(x) == "plain":
         # A compiler differentiates plain operations: 0 * NaN is NaN.
         x = x.masked_fill(case.silent, 0)
@@ -118,9 +117,9 @@ def cross_entropy(
     if case.silent is not None:
         rows = rows.masked_fill(case.silent, 0)
     if reduction == "none":
-        return rows.squeeze(case.dim).to(dtype)
+        return rows.squeeze(case.dim).to(wanted)
     total = rows.sum()
-    return (total / case.rows if reduction == "mean" else total).to(dtype)
+    return (total / case.rows if reduction == "mean" else total).to(wanted)
 
 
 def cross_entropy_gradient(
@@ -243,10 +242,8 @@ def soft_cross_entropy(
     name = "soft_cross_entropy"
     x, y, dim = _soft_arguments(name, input, target, dim, reduction)
     rows = _autograd.Loss.call(x, y, None, dim, 0.0).squeeze(dim)
-    if reduction == "mean":
-        rows = rows.mean()
-    elif reduction == "sum":
-        rows = rows.sum()
+    if reduction != "none":
+        rows = rows.mean() if reduction == "mean" else rows.sum()
     return rows.to(_autograd.autocast_dtype(name, x) or x.dtype)
 
 
@@ -329,10 +326,8 @@ def _prepare(
 ) -> _Case:
     x = _check.logits(name, input)
     if x.ndim == 0:
-        raise RuntimeError(
-            f"{name}(): input must have a class dimension, shape (K) or "
-            f"(N, K, ...), got a 0-d tensor"
-        )
+        what = "input must have a class dimension, got a 0-d tensor"
+        raise RuntimeError(f"{name}(): {what}")
     dim = min(x.ndim - 1, 1)
     target = _check.tensor(name, "target", target)
     _check.choice(name, "reduction", reduction, "mean", "sum", "none")

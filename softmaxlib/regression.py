@@ -7,7 +7,7 @@ Nothing else needs to be stored, and a batch goes by in blocks of samples.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -160,9 +160,7 @@ def weight_hvp(
     v_bias = bias_direction
     if v_bias is not None:
         if bias is None:
-            raise RuntimeError(
-                f"{name}(): bias_direction needs a bias, got None"
-            )
+            raise RuntimeError(f"{name}(): bias_direction needs a bias")
         _check.like(name, "bias_direction", v_bias, bias, of="bias")
         v_bias = v_bias.to(model.x.dtype)
     way = _autograd.route(x, weight, bias, v, v_bias)
@@ -233,7 +231,7 @@ def weight_hessian(
     total = model.x.new_zeros(size, size)
     blocks = model.x.new_zeros(features, features, classes)
     with _autograd.exactly(x):
-        for rows in _samples(model, size, watched):
+        for rows in _samples(len(model.x), size, watched):
             z, part = model.logits(rows), model.x[rows]
             p = softmax(z, 1)
             rest = -torch.expm1(log_softmax(z, 1))
@@ -497,12 +495,10 @@ def _targets(name: str, target: Tensor, model: _Linear) -> Tensor:
     return target.reshape(-1, 1).long()
 
 
-def _samples(model: _Linear, width: int, watched: bool) -> Iterator[slice]:
+def _samples(n: int, width: int, watched: bool) -> list[slice]:
     """Blocks of samples of that many numbers each; one if watched."""
-    samples = len(model.x)
-    size = samples if watched else 4 * _blocks.SIZE // max(width, 1)
-    for n in range(0, samples, max(size, 1)):
-        yield slice(n, n + max(size, 1))
+    size = max(1, n if watched else 4 * _blocks.SIZE // max(width, 1))
+    return [slice(i, i + size) for i in range(0, n, size)]
 
 
 def _outer_sums(
@@ -514,7 +510,7 @@ def _outer_sums(
     watched = _autograd.route(*tensors) != "kernel"
     weight, bias = torch.zeros_like(model.weight), x.new_zeros(classes)
     with _autograd.exactly(x):
-        for rows in _samples(model, classes, watched):
+        for rows in _samples(len(x), classes, watched):
             r = part(rows)
             weight = torch.addmm(weight, r.mT, x[rows])
             bias = bias + r.sum(0)

@@ -210,12 +210,12 @@ def test_every_excuse_names_a_check_and_its_reason():
 def test_saboteurs_know_nothing_private():
     folder = pathlib.Path(saboteurs.__file__).parent
     for path in folder.glob("*.py"):
+        if path.stem == "__init__":
+            continue  # it makes the seams
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             match node:
-                case ast.ImportFrom(module, names) if (
-                    path.stem != "_present"
-                ):
+                case ast.ImportFrom(module, names):
                     parts = [*module.split("."), *[a.name for a in names]]
                     if parts[0] == "softmaxlib":
                         assert not any(p.startswith("_") for p in parts)

@@ -661,7 +661,7 @@ def test_integers_of_numpy(draw, kind):
 @pytest.mark.parametrize("randomness", ["error", "same", "different"])
 def test_vmap_is_refused_in_words(draw, randomness):
     x = torch.randn(3, 4, generator=generator())
-    words = rf"^{draw.__name__}\(\): torch.vmap .* as leading dimensions"
+    words = rf"^{draw.__name__}\(\): torch.vmap.* as leading dimensions"
 
     def refused(function, *args):
         with pytest.raises(RuntimeError, match=words):

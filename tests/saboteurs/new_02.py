@@ -2,9 +2,8 @@
 
 import math
 
-from saboteurs import replace, saboteur
-
 import softmaxlib
+from saboteurs import replace, saboteur
 
 
 @saboteur("02_definition")

@@ -1,9 +1,9 @@
 """Wrong libraries that chapter 03 must notice."""
 
 import torch
-from saboteurs import replace, saboteur
 
 import softmaxlib
+from saboteurs import replace, saboteur
 
 
 @saboteur("03_axioms")

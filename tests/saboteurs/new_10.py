@@ -3,9 +3,9 @@
 import math
 
 import torch
-from saboteurs import replace, saboteur
 
 import softmaxlib
+from saboteurs import replace, saboteur
 from softmaxlib import logsumexp, softmax
 
 

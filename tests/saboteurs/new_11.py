@@ -1,8 +1,8 @@
 """Wrong Jacobians and products, for chapter 11."""
 
 import torch
-from saboteurs import replace, saboteur
 
+from saboteurs import replace, saboteur
 from softmaxlib import softmax, softmax_jacobian, softmax_jvp, softmax_vjp
 
 

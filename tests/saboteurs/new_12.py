@@ -1,9 +1,9 @@
 """What goes wrong in second derivatives."""
 
 import torch
-from saboteurs import replace, saboteur
 
 import softmaxlib
+from saboteurs import replace, saboteur
 
 
 @saboteur("12_hessian")

@@ -1,10 +1,10 @@
 """What goes wrong in losses, weight gradients and fits."""
 
 import torch
-from saboteurs import replace, saboteur
 from torch.nn import functional as F
 
 import softmaxlib
+from saboteurs import replace, saboteur
 
 
 def _probabilities_by(patch, change):

@@ -87,7 +87,4 @@ def targets(x, target, weight, dim, smoothing):
         y = torch.zeros(x.shape, dtype=torch.float64)
         y = y.scatter(dim, target, 1)
     y = (1 - smoothing) * y + smoothing / max(classes, 1)
-    if weight is not None:
-        shape = [classes if d == dim else 1 for d in range(x.ndim)]
-        y = y * weight.view(shape)
-    return y
+    return y if weight is None else y * weight
