@@ -157,7 +157,7 @@ def values_table():
         )
         ratios = [
             paired(
-                lambda: softmaxlib.logsumexp(z, 1),
+                lambda z=z: softmaxlib.logsumexp(z, 1),
                 lambda x=x: softmaxlib.logsumexp(x, 1),
                 repeats(z),
             )
