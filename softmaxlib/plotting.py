@@ -5,9 +5,12 @@ with every common form of colour vision.
 """
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib import rcsetup
 from matplotlib.axes import Axes
 from torch import Tensor
 
@@ -31,10 +34,10 @@ RED, PURPLE, SKY = "#d55e00", "#cc79a7", "#56b4e9"
 GREY = "#6e6e6e"
 CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.grid.axis": "y",
-    "axes.prop_cycle": plt.cycler(color=CYCLE),
+    "axes.prop_cycle": rcsetup.cycler(color=CYCLE),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.axisbelow": True,
@@ -58,7 +61,9 @@ def use_style() -> None:
     try:
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-        set_matplotlib_formats("svg", metadata={"Date": None})
+        # Has no types.
+        choose: Callable[..., None] = set_matplotlib_formats
+        choose("svg", metadata={"Date": None})
     except (ImportError, AttributeError):
         # Not in a notebook: nothing is shown inline.
         pass
@@ -67,7 +72,7 @@ def use_style() -> None:
 def bars(
     ax: Axes,
     values: Tensor,
-    labels=None,
+    labels: Iterable[object] | None = None,
     *,
     color: str = BLUE,
     title: str = "",
@@ -85,13 +90,13 @@ def bars(
         digits: decimals of the printed values.
         limit: top of the axis; None for automatic.
     """
-    values = torch.as_tensor(values).detach().double().tolist()
+    heights = torch.as_tensor(values).detach().double().tolist()
     if labels is None:
-        labels = [str(k + 1) for k in range(len(values))]
-    drawn = ax.bar(range(len(values)), values, color=color)
-    texts = [f"{v:.{digits}f}" for v in values]
+        labels = range(1, len(heights) + 1)
+    drawn = ax.bar(range(len(heights)), heights, color=color)
+    texts = [f"{h:.{digits}f}" for h in heights]
     ax.bar_label(drawn, texts, padding=2, fontsize=8)
-    ax.set_xticks(range(len(values)), [str(name) for name in labels])
+    ax.set_xticks(range(len(heights)), [str(name) for name in labels])
     if limit is not None:
         ax.set_ylim(0, limit * 1.08)
     ax.set_title(title)
@@ -112,7 +117,7 @@ def simplex_point(p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def simplex_axes(
-    ax: Axes, labels=("class 1", "class 2", "class 3")
+    ax: Axes, labels: Iterable[str] = ("class 1", "class 2", "class 3")
 ) -> None:
     """Turn `ax` into an empty probability triangle with named corners."""
     height = math.sqrt(3) / 2

@@ -10,7 +10,8 @@ import contextvars
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import hypothesis
 import mpmath
@@ -32,6 +33,11 @@ __all__ = [
     "spacing",
     "ulp_error",
 ]
+
+# A check raises where its statement fails, or returns a deviation: whatever
+# `float` takes, or None.
+Check = Callable[..., Any]
+Example = TypeVar("Example")
 
 _PRECISION = {
     torch.float16: (11, -14),
@@ -82,12 +88,14 @@ class Evidence:
 
     __repr__ = __str__
 
-    def _repr_mimebundle_(self, include=None, exclude=None):
+    def _repr_mimebundle_(
+        self, include: Any = None, exclude: Any = None
+    ) -> dict[str, str]:
         facts = dataclasses.asdict(self)
         return {"text/plain": str(self), self.MIME: json.dumps(facts)}
 
 
-def _settings(cases: int, **options) -> hypothesis.settings:
+def _settings(cases: int, **options: Any) -> hypothesis.settings:
     """The same examples at every run and everywhere."""
     return hypothesis.settings(
         max_examples=cases,
@@ -151,12 +159,14 @@ def _attack_settings(cases: int) -> hypothesis.settings:
     return _settings(min(cases, limit), phases=phases)
 
 
-def _deviation(label, check, values, bound) -> float | None:
+def _deviation(
+    label: str, check: Check, values: tuple[Any, ...], bound: float | None
+) -> float | None:
     """Run one case; None if the check measures nothing."""
-    deviation = check(*values)
-    if deviation is None:
+    measured = check(*values)
+    if measured is None:
         return None
-    deviation = float(deviation)
+    deviation = float(measured)
     if bound is None:
         raise TypeError(f"{label}: a deviation needs a bound")
     # Written so that NaN fails.
@@ -177,7 +187,7 @@ def attack(
     cases: int = 200,
     bound: float | None = None,
     note: str = "",
-) -> Callable[[Callable], Evidence]:
+) -> Callable[[Check], Evidence]:
     """Search for a counterexample to a statement; a decorator.
 
     The decorated function takes one value from each strategy. It raises
@@ -211,10 +221,11 @@ def attack(
         'thm-square'
     """
 
-    def run(check: Callable) -> Evidence:
-        tried, worst = 0, None
+    def run(check: Check) -> Evidence:
+        tried = 0
+        worst: float | None = None
 
-        def body(values):
+        def body(values: tuple[Any, ...]) -> None:
             nonlocal tried, worst
             tried += 1
             worst = _larger(worst, _deviation(label, check, values, bound))
@@ -228,8 +239,8 @@ def attack(
 
 def enumerate_cases(
     label: str,
-    cases,
-    check: Callable,
+    cases: Iterable[Any],
+    check: Check,
     *,
     bound: float | None = None,
     note: str = "",
@@ -255,7 +266,8 @@ def enumerate_cases(
         ...                 bound=0)
         thm-even: tried on 5 cases, worst deviation 0 of 0 allowed
     """
-    tried, worst = 0, None
+    tried = 0
+    worst: float | None = None
     for case in cases:
         tried += 1
         values = case if isinstance(case, tuple) else (case,)
@@ -264,7 +276,10 @@ def enumerate_cases(
     return Evidence(label, tried, worst, bound, "enumeration", note)
 
 
-def smallest(strategy: st.SearchStrategy, condition: Callable):
+def smallest(
+    strategy: st.SearchStrategy[Example],
+    condition: Callable[[Example], Any],
+) -> Example:
     """The smallest example for which `condition` holds, by shrinking.
 
     Args:
@@ -288,13 +303,13 @@ def smallest(strategy: st.SearchStrategy, condition: Callable):
 # --- strategies ----------------------------------------------------------
 
 
-def _to_tensor(values, dtype):
+def _to_tensor(values: list[float], dtype: torch.dtype) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).to(dtype)
 
 
 @st.composite
 def logits(
-    draw,
+    draw: st.DrawFn,
     *,
     min_classes: int = 1,
     max_classes: int = 8,
@@ -318,7 +333,7 @@ def logits(
     real = st.floats(-magnitude, magnitude, allow_subnormal=False)
     unit = st.floats(-1, 1, allow_subnormal=False)
 
-    def vector(elements):
+    def vector(elements: st.SearchStrategy[float]) -> list[float]:
         return draw(st.lists(elements, min_size=size, max_size=size))
 
     if kind == "real":
@@ -344,7 +359,7 @@ def logits(
 
 @st.composite
 def distributions(
-    draw,
+    draw: st.DrawFn,
     *,
     min_classes: int = 1,
     max_classes: int = 8,
@@ -369,13 +384,16 @@ def distributions(
 class Oracle:
     """Softmax, log-softmax and log-sum-exp as mpmath numbers."""
 
-    softmax: list
-    log_softmax: list
+    softmax: list[mpmath.mpf]
+    log_softmax: list[mpmath.mpf]
     logsumexp: mpmath.mpf
 
 
 def oracle(
-    z, temperature: float = 1.0, *, bits: int | None = None
+    z: Tensor | Iterable[Any],
+    temperature: float = 1.0,
+    *,
+    bits: int | None = None,
 ) -> Oracle:
     """Softmax in mpmath, independent of the library's arithmetic.
 
@@ -407,7 +425,7 @@ def oracle(
         )
 
 
-def spacing(value, dtype: torch.dtype) -> mpmath.mpf:
+def spacing(value: Any, dtype: torch.dtype) -> mpmath.mpf:
     """The unit in the last place of `dtype` at a real number."""
     digits, smallest_exponent = _PRECISION[dtype]
     value = abs(mpmath.mpf(value))
@@ -417,7 +435,9 @@ def spacing(value, dtype: torch.dtype) -> mpmath.mpf:
     return mpmath.ldexp(mpmath.mpf(1), exponent - digits + 1)
 
 
-def ulp_error(computed: Tensor, exact: Sequence, *, scale=None) -> float:
+def ulp_error(
+    computed: Tensor, exact: Sequence[Any], *, scale: Any = None
+) -> float:
     r"""The largest error of a tensor, in units in the last place.
 
     Args:

@@ -6,6 +6,7 @@ import math
 import mpmath
 import pytest
 import torch
+from drawn import f64, randn
 from hypothesis import given, settings
 from torch import func
 from torch.autograd import gradcheck, gradgradcheck
@@ -16,15 +17,6 @@ from softmaxlib import testing
 NARROW = (torch.float16, torch.bfloat16, torch.float32)
 GAPS = (1, 5, 17, 37, 40, 100, 300, 500, 700)
 DENSE = (d.softmax_jacobian, d.log_softmax_jacobian, d.softmax_hessian)
-
-
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def randn(*shape, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=dtype)
 
 
 def delta(*indices):

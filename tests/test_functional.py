@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.special
 import torch
+from drawn import generator, randn
 from hypothesis import given
 
 import softmaxlib
@@ -29,14 +30,6 @@ ids = [f.__name__ for f in PUBLIC]
 golden = json.loads(
     (pathlib.Path(__file__).parent / "data" / "golden.json").read_text()
 )
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, dtype=F64, seed=0):
-    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
 
 
 # --- values --------------------------------------------------------------

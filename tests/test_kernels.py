@@ -6,16 +6,12 @@ float32 is tested by declaring the CPU to be one.
 
 import pytest
 import torch
+from drawn import rand
 
 from softmaxlib import _blocks, _kernels
 from softmaxlib.testing import oracle, ulp_error
 
 F32, F64 = torch.float32, torch.float64
-
-
-def rand(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(*shape, generator=generator, dtype=F64)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import math
 import mpmath
 import pytest
 import torch
+from drawn import f64, generator, rand, randn
 from torch import func
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as peer
@@ -17,27 +18,12 @@ GAPS = (1, 5, 17, 37, 40, 100, 300, 500, 700)
 SHAPES = ((5,), (4, 5), (3, 5, 2), (2, 5, 3, 2))
 
 
-def f64(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def randn(*shape, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=dtype)
-
-
-def rand(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(shape, generator=generator, dtype=torch.float64)
-
-
 def case(shape, seed=0):
     """Logits, class indices (one of them ignored), class dimension."""
     dim = min(len(shape) - 1, 1)
     x = randn(*shape, seed=seed) * 2
-    generator = torch.Generator().manual_seed(seed)
     rest = shape[:dim] + shape[dim + 1 :]
-    target = torch.randint(shape[dim], rest, generator=generator)
+    target = torch.randint(shape[dim], rest, generator=generator(seed))
     if target.ndim:
         target.view(-1)[0] = -100
     return x, target, dim

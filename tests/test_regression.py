@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from drawn import generator, randn
 from torch import func
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as peer
@@ -11,11 +12,6 @@ from torch.nn import functional as peer
 from softmaxlib import _blocks, regression
 
 D, K = 4, 5
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=dtype)
 
 
 def case(*batch, soft=False, dtype=torch.float64):
@@ -28,8 +24,7 @@ def case(*batch, soft=False, dtype=torch.float64):
     if soft:
         target = randn(*batch, K, seed=3).exp().to(dtype)
     else:
-        generator = torch.Generator().manual_seed(3)
-        target = torch.randint(K, batch, generator=generator)
+        target = torch.randint(K, batch, generator=generator(3))
     return x.to(dtype), weight.to(dtype), bias.to(dtype), target
 
 
@@ -237,9 +232,7 @@ def test_gradcheck(layout):
     if layout == "dk":
         weight = weight.T
     target = torch.tensor([2, 0])
-    soft = torch.rand(
-        2, 3, dtype=x.dtype, generator=torch.Generator().manual_seed(0)
-    )
+    soft = torch.rand(2, 3, dtype=x.dtype, generator=generator())
     direction, turn = weight.cos(), bias.cos()
     functions = (
         (

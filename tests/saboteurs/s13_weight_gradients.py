@@ -30,6 +30,18 @@ def _sum(y, dim):
     return y.sum(dim, keepdim=True)
 
 
+def _sum_always(patch, *names):
+    """Let functions sum over the rows, whatever they are asked for."""
+    for name in names:
+        known = getattr(softmaxlib, name)
+
+        def summed(*arguments, known=known, **options):
+            options["reduction"] = "sum"
+            return known(*arguments, **options)
+
+        replace(patch, name, summed)
+
+
 @saboteur(CHAPTER)
 def loss_gradient_wrong_sign(patch):
     """Gradient of the cross-entropy as y - p."""
@@ -63,14 +75,9 @@ def loss_gradient_subtracts_from_one(patch):
 @saboteur(CHAPTER)
 def loss_gradient_without_the_mean(patch):
     """Gradients in the logits of the sum, where the mean was asked for."""
-    for name in ("cross_entropy_gradient", "soft_cross_entropy_gradient"):
-        known = getattr(softmaxlib, name)
-
-        def summed(*arguments, known=known, **options):
-            options["reduction"] = "sum"
-            return known(*arguments, **options)
-
-        replace(patch, name, summed)
+    _sum_always(
+        patch, "cross_entropy_gradient", "soft_cross_entropy_gradient"
+    )
 
 
 @saboteur(CHAPTER)
@@ -164,14 +171,7 @@ def weight_gradient_reshaped(patch):
 @saboteur(CHAPTER)
 def weight_gradient_without_the_mean(patch):
     """Sums over the samples, where the mean was asked for."""
-    for name in ("weight_gradient", "weight_hvp", "weight_hessian"):
-        known = getattr(softmaxlib, name)
-
-        def summed(*arguments, known=known, **options):
-            options["reduction"] = "sum"
-            return known(*arguments, **options)
-
-        replace(patch, name, summed)
+    _sum_always(patch, "weight_gradient", "weight_hvp", "weight_hessian")
 
 
 @saboteur(CHAPTER)
