@@ -1,8 +1,8 @@
 """Wrong libraries that break the order of the logits, for chapter 04."""
 
 import torch
-from saboteurs import replace, saboteur
 
+from saboteurs import replace, saboteur
 from softmaxlib import log_softmax, softmax
 
 FUNCTIONS = (softmax, log_softmax)

@@ -1,8 +1,8 @@
 """Wrong libraries that see what softmax cannot see, for chapter 05."""
 
 import torch
-from saboteurs import replace, saboteur
 
+from saboteurs import replace, saboteur
 from softmaxlib import log_softmax, logsumexp, softmax
 
 FUNCTIONS = (softmax, log_softmax)

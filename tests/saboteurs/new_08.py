@@ -1,9 +1,9 @@
 """Wrong libraries that chapter 08 must notice."""
 
 import torch
-from saboteurs import replace, saboteur
 
 import softmaxlib
+from saboteurs import replace, saboteur
 
 CHAPTER = "08_sampling"
 
