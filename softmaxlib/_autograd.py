@@ -59,7 +59,9 @@ def is_shape_only(x: Tensor) -> bool:
 
 
 def refuse_batches(function: str, x: Tensor) -> None:
-    """Raise in words where PyTorch would map over a draw."""
+    """Raise in words where PyTorch would map over a draw, or export it."""
+    if torch.compiler.is_exporting():
+        raise RuntimeError(f"{function}(): torch.export cannot hold draws")
     if torch.compiler.is_compiling():
         return
     route(x)  # refuses torch.jit.trace

@@ -65,7 +65,7 @@ def exponents(z: Tensor, top: Tensor, T: float) -> Tensor:
     for logits of -inf. NaN where `top` is infinite.
     """
     if T == 0:
-        return torch.where(z < top, -math.inf, (z - top).detach())
+        return torch.where(z < top, -math.inf, (z - top) * 0)
     if T == math.inf:
         # Not (z - top) * 0: the difference may overflow.
         return torch.where(z == -math.inf, -math.inf, z * 0) - top * 0

@@ -129,7 +129,8 @@ def softmax_vjp(
 
     def block(d: int, p: Tensor, t: Tensor, m: Mask) -> Tensor:
         t = t if m is None else t.masked_fill(~m, 0)
-        return _multiply(_blocks.widen(p), _blocks.widen(t), d, T)
+        result = _multiply(_blocks.widen(p), _blocks.widen(t), d, T)
+        return result if m is None else result.masked_fill_(~m, 0)
 
     return _by_blocks(block, dim, y, v, mask)
 

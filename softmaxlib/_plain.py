@@ -35,15 +35,15 @@ def logsumexp(x: Tensor, mask: Mask, dim: int, T: float) -> Tensor:
         shape[dim] = 1
         return x.new_full(shape, -math.inf)
     z = _unmasked(widen(x), mask, -math.inf)
-    index = z.detach().argmax(dim, keepdim=True)
-    top = z.gather(dim, index)
+    here = _largest(z, dim)
+    top = _at(here, z, dim)
     infinite = top.isinf()
     # An infinite logit is its own log-sum-exp, with a derivative of NaN;
     # where nothing is infinite it does not take part, and vice versa.
     special = torch.where(infinite & (z == top), z, 1)
     special = special.reciprocal().reciprocal().sum(dim, keepdim=True)
     high = z.masked_fill(infinite, 0) - top.masked_fill(infinite, 0)
-    value = top + torch.log1p(_rest(high, index, dim))
+    value = top + torch.log1p(_rest(high, here, dim))
     return torch.where(infinite, special, value).to(x.dtype)
 
 
@@ -59,8 +59,8 @@ def log_softmax_vjp(
     x: Tensor, v: Tensor, mask: Mask, dim: int, T: float
 ) -> Tensor:
     p, v = _softmax(x, mask, dim, T), _unmasked(widen(v), mask, 0.0)
-    result = v - p * v.sum(dim, keepdim=True)
-    return _unmasked(result * slope(T), mask, 0.0).to(x.dtype)
+    result = _difference(p, v, dim) * -slope(T)
+    return _unmasked(result, mask, 0.0).to(x.dtype)
 
 
 def softmax_jvp(x: Tensor, v: Tensor, dim: int, T: float) -> Tensor:
@@ -80,29 +80,28 @@ def softmax_hvp(
 
 
 def softmax_jacobian(x: Tensor, dim: int, T: float) -> Tensor:
-    p = _softmax(x, None, dim, T).movedim(dim, -1)
-    outer = p.unsqueeze(-1) * p.unsqueeze(-2)
-    result = torch.diag_embed(p) - outer
-    return (result * slope(T)).to(x.dtype)
+    p, unit = _differences(x, dim, T)
+    return (p.unsqueeze(-1) * unit * slope(T)).to(x.dtype)
 
 
 def log_softmax_jacobian(x: Tensor, dim: int, T: float) -> Tensor:
-    p = _softmax(x, None, dim, T).movedim(dim, -1)
-    one = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
-    result = one - p.unsqueeze(-2)
-    return (result * slope(T)).to(x.dtype)
+    return (_differences(x, dim, T)[1] * slope(T)).to(x.dtype)
 
 
 def softmax_hessian(x: Tensor, dim: int, T: float) -> Tensor:
+    p, unit = _differences(x, dim, T)
+    product = unit.unsqueeze(-1) * unit.unsqueeze(-2)
+    covariance = (p.unsqueeze(-1) * unit).unsqueeze(-3)
+    result = p[..., None, None] * (product - covariance) * slope(T)
+    return (result * slope(T)).to(x.dtype)
+
+
+def _differences(x: Tensor, dim: int, T: float) -> tuple[Tensor, Tensor]:
+    """p, and d_ij - p_j: unit vectors j minus their means, at i."""
     p = _softmax(x, None, dim, T).movedim(dim, -1)
-    pair = p.unsqueeze(-1) * p.unsqueeze(-2)
-    result = 2 * p[..., None, None] * pair.unsqueeze(-3)
-    line = torch.diag_embed(p) - pair
-    result = result + torch.diag_embed(line, 0, -3, -2)
-    result = result - torch.diag_embed(pair, 0, -3, -1)
-    result = result - torch.diag_embed(pair, 0, -2, -1)
-    scale = slope(T)
-    return (result * scale * scale).to(x.dtype)
+    rows = p.unsqueeze(-2).expand(*p.shape, p.shape[-1])
+    one = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
+    return p, _deviation(rows, one.expand_as(rows), -1).mT
 
 
 def loss(
@@ -111,7 +110,9 @@ def loss(
     log_p = _log_softmax(x, None, dim, 1.0)
     if target.is_floating_point() or eps:
         y = _targets(x, target, weight, dim, eps)
-        terms = (y * log_p).masked_fill(y == 0, 0)
+        # Finite where y is 0, for the product and the derivative in y.
+        lowest = log_p.detach().clamp(min=torch.finfo(log_p.dtype).min)
+        terms = y * torch.where(y == 0, lowest, log_p)
         return -terms.sum(dim, keepdim=True)
     value = -log_p.gather(dim, target)
     if weight is None:
@@ -130,8 +131,18 @@ def loss_gradient(
 ) -> Tensor:
     p = _softmax(x, None, dim, 1.0)
     y = _targets(x, target, weight, dim, eps)
-    result = share * (p * y.sum(dim, keepdim=True) - y)
+    result = share * _difference(p, y, dim)
     return result.masked_fill(share == 0, 0).to(x.dtype)
+
+
+def _difference(p: Tensor, y: Tensor, dim: int) -> Tensor:
+    """s p - y with s = sum(y), where p is largest from the others.
+
+    All add up to zero, and p itself may have rounded to one.
+    """
+    here, result = _largest(p, dim), p * y.sum(dim, keepdim=True) - y
+    others = torch.where(here, p * 0, result).sum(dim, keepdim=True)
+    return torch.where(here, -others, result)
 
 
 def _deviation(p: Tensor, v: Tensor, dim: int) -> Tensor:
@@ -145,23 +156,16 @@ def _deviation(p: Tensor, v: Tensor, dim: int) -> Tensor:
 
 def centred(v: Tensor, p: Tensor, mask: Mask, dim: int) -> Tensor:
     """v minus its value where p is largest, 0 where masked."""
-    if not p.shape[dim]:
-        return v
     v = _unmasked(v, mask, 0.0)
-    index = p.detach().argmax(dim, keepdim=True)
-    return _unmasked(v - v.gather(dim, index), mask, 0.0)
+    return _unmasked(v - _at(_largest(p, dim), v, dim), mask, 0.0)
 
 
 def _softmax(x: Tensor, mask: Mask, dim: int, T: float) -> Tensor:
-    if not x.shape[dim]:
-        return widen(x).clone()
     high, rest = _shifted(x, mask, dim, T)
     return _unmasked(high.exp() / (1 + rest), mask, 0.0)
 
 
 def _log_softmax(x: Tensor, mask: Mask, dim: int, T: float) -> Tensor:
-    if not x.shape[dim]:
-        return widen(x).clone()
     high, rest = _shifted(x, mask, dim, T)
     return _unmasked(high - torch.log1p(rest), mask, -math.inf)
 
@@ -175,23 +179,35 @@ def _shifted(
     nothing cancels in them where one class has almost everything.
     """
     z = _unmasked(widen(x), mask, -math.inf)
-    index = z.detach().argmax(dim, keepdim=True)
-    top = z.gather(dim, index)
+    here = _largest(z, dim)
+    top = _at(here, z, dim)
     if mask is not None:
         # A fully masked row has no weight instead of NaN weights.
         top = torch.where(mask.any(dim, keepdim=True), top, 0)
     high = exponents(z, top, T)
-    return high, _rest(high, index, dim)
+    # At the largest logit it is 0 whatever that is.
+    high = torch.where(here, high.detach(), high)
+    return high, _rest(high, here, dim)
 
 
-def _rest(high: Tensor, index: Tensor, dim: int) -> Tensor:
-    """The sum of the weights but that at the index; NaN if `high` is."""
-    classes = torch.arange(high.shape[dim], device=high.device)
-    shape = [-1 if d == dim else 1 for d in range(high.ndim)]
-    here = classes.view(shape) == index
-    # At the largest logit 0, or NaN where it is infinite.
+def _rest(high: Tensor, here: Tensor, dim: int) -> Tensor:
+    """The sum of the weights but the largest; NaN if `high` is there."""
     weights = torch.where(here, high * 0, high.exp())
     return weights.sum(dim, keepdim=True)
+
+
+def _largest(x: Tensor, dim: int) -> Tensor:
+    """Whether an entry is the largest, one of each row."""
+    if not x.shape[dim]:
+        return x > x
+    classes = torch.arange(x.shape[dim], device=x.device)
+    shape = [-1 if d == dim % x.ndim else 1 for d in range(x.ndim)]
+    return classes.view(shape) == x.detach().argmax(dim, keepdim=True)
+
+
+def _at(here: Tensor, x: Tensor, dim: int) -> Tensor:
+    """The one entry of each row that is there."""
+    return torch.where(here, x, 0).sum(dim, keepdim=True)
 
 
 def _targets(

@@ -310,8 +310,8 @@ def _write(
         why = "out= has no automatic differentiation; detach first"
         raise RuntimeError(f"{name}(): {why}")
     out = _check.out(name, out, shape, x)
-    direct = x.ndim and out.is_contiguous() and not _overlap(x, out)
-    if direct and _autograd.route(x, out) == "kernel":
+    direct = x.ndim and _autograd.route(x, out) == "kernel"
+    if direct and out.is_contiguous() and not _overlap(x, out):
         operation.run(*arguments, out=out)
         return out
     return out.copy_(operation.call(*arguments).view(shape))
