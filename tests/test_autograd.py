@@ -156,7 +156,7 @@ def test_a_draw_knows_that_it_is_batched():
     refused = []
 
     def function(x):
-        with pytest.raises(RuntimeError, match=r"torch\.vmap cannot map"):
+        with pytest.raises(RuntimeError, match=r"torch\.vmap"):
             _autograd.refuse_batches("sample", x)
         refused.append(x)
         return x
