@@ -382,6 +382,14 @@ def test_a_private_name_of_pytorch_is_noticed(text):
     assert len(foreign_secrets(ast.parse(text))) == 1
 
 
+@pytest.mark.parametrize("name", [name for _, name in sorted(ALLOWED)])
+def test_what_is_allowed_is_there(name):
+    start, *rest = name.split(".")
+    found = importlib.import_module(start)
+    for part in rest:
+        found = getattr(found, part)
+
+
 def test_what_a_class_keeps_to_itself_is_its_own():
     text = "class A:\n    def f(self, x):\n"
     text += "        return self._y, super()._f, A._z, x.__class__\n"
