@@ -10,17 +10,12 @@ import dataclasses
 import functools
 import itertools
 import math
-import os
-import pathlib
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 
 import mpmath
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 import softmaxlib as s

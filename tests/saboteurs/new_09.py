@@ -4,9 +4,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from saboteurs import replace, saboteur
 
 import softmaxlib
+from saboteurs import replace, saboteur
 
 CHAPTER = "09_softargmax"
 
