@@ -312,10 +312,8 @@ class SoftmaxRegression(nn.Module):
         self.converged = False
 
     def extra_repr(self) -> str:
-        sizes = f"{self.in_features}, {self.num_classes}"
-        return (
-            f"{sizes}, bias={self.bias is not None}, penalty={self.penalty}"
-        )
+        sizes = f"{self.in_features}, {self.num_classes}, bias="
+        return f"{sizes}{self.bias is not None}, penalty={self.penalty}"
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits of the samples, shape (\\*batch, K)."""

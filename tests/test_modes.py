@@ -509,7 +509,7 @@ def true_hvp(row, T, u, v):
     known = distribution(row, FOUR, T)
     if known is None:
         return [NOTHING] * 4
-    p, rest, _ = known
+    p, _, _ = known
 
     def apart(w, i):  # w_i minus its mean: sum_j p_j (w_i - w_j)
         return mpmath.fsum(p[j] * (w[i] - w[j]) for j in range(4))
