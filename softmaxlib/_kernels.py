@@ -247,7 +247,7 @@ def _probabilities(x: Tensor, dim: int, T: float) -> Tensor:
     wide = _blocks.work_dtype(x.device)
     if T == 1:
         return torch.softmax(x, dim, dtype=wide)
-    return softmax(x, None, dim, T, x.new_empty(x.shape, dtype=wide))
+    return softmax(x, None, dim, T, out=x.new_empty(x.shape, dtype=wide))
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -326,8 +326,7 @@ def _prepare(
 ) -> _Case:
     x = _check.logits(name, input)
     if x.ndim == 0:
-        what = "input must have a class dimension, got a 0-d tensor"
-        raise RuntimeError(f"{name}(): {what}")
+        raise RuntimeError(f"{name}(): input must have classes, got 0-d")
     dim = min(x.ndim - 1, 1)
     target = _check.tensor(name, "target", target)
     _check.choice(name, "reduction", reduction, "mean", "sum", "none")

@@ -45,7 +45,14 @@ EXCUSED = {
 FOILS = {"naive_softmax"}
 
 
-@pytest.fixture(scope="module", params=replay.notebooks())
+def together(name: str, chapter: str):
+    """A parameter whose tests run in one process, where they share below."""
+    return pytest.param(name, marks=pytest.mark.xdist_group(chapter))
+
+
+@pytest.fixture(
+    scope="module", params=[together(c, c) for c in replay.notebooks()]
+)
 def chapter(request):
     return request.param
 
@@ -173,7 +180,9 @@ def test_every_cell_notices_a_saboteur(chapter):
     assert not empty, f"nothing fails {described(chapter, empty)}"
 
 
-@pytest.mark.parametrize("name", saboteurs.SABOTEURS)
+@pytest.mark.parametrize(
+    "name", [together(n, f.chapter) for n, f in saboteurs.SABOTEURS.items()]
+)
 def test_every_saboteur_is_noticed_by_a_chapter(name):
     first = saboteurs.SABOTEURS[name].chapter
     chapters = sorted(replay.notebooks(), key=lambda c: c != first)

@@ -70,7 +70,8 @@ def build() -> list[list[str]]:
 
 def book() -> list[list[str]]:
     """The rules of the book, and the saboteurs."""
-    return [pytest("-n", "2", *here(*BOOK))]
+    # What is known of a chapter is kept in the process that tests it.
+    return [pytest("-n", "2", "--dist", "loadgroup", *here(*BOOK))]
 
 
 def site() -> list[list[str]]:
