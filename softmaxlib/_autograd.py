@@ -151,7 +151,7 @@ class Operation(Function):
         if way == "kernel":
             return cls.run(*arguments)
         if way == "plain":
-            return cls.plain(*arguments)
+            return cls.plain(*arguments).contiguous()
         return call(cls, *arguments)  # type: ignore[no-any-return]
 
     @classmethod
