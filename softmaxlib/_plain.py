@@ -23,9 +23,9 @@ def softmax(x: Tensor, mask: Mask, dim: int, T: float) -> Tensor:
 
 def logsumexp_gradient(x: Tensor, mask: Mask, dim: int, T: float) -> Tensor:
     z = _unmasked(widen(x), mask, -math.inf)
-    infinite = (z == math.inf).any(dim, keepdim=True)
+    infinite = _at(_largest(z, dim), z, dim) == math.inf
     y = _softmax(z.masked_fill(infinite, 0), mask, dim, T)
-    special = torch.where(z == math.inf, math.nan, z * 0)
+    special = torch.where(z == math.inf, math.nan, 0.0)
     return torch.where(infinite, special, y).to(x.dtype)
 
 
@@ -145,7 +145,7 @@ def _difference(p: Tensor, y: Tensor, dim: int) -> Tensor:
     All add up to zero, and p itself may have rounded to one.
     """
     here, result = _largest(p, dim), p * y.sum(dim, keepdim=True) - y
-    others = torch.where(here, p * 0, result).sum(dim, keepdim=True)
+    others = torch.where(here, p - p, result).sum(dim, keepdim=True)
     return torch.where(here, -others, result)
 
 
@@ -195,8 +195,11 @@ def _shifted(
 
 
 def _rest(high: Tensor, here: Tensor, dim: int) -> Tensor:
-    """The sum of the weights but the largest; NaN if `high` is there."""
-    weights = torch.where(here, high * 0, high.exp())
+    """The sum of the weights but the largest; NaN if `high` is there.
+
+    There `high` is 0 or NaN. A compiler takes NaN * 0 for 0.
+    """
+    weights = torch.where(here, high.detach(), high.exp())
     return weights.sum(dim, keepdim=True)
 
 
