@@ -112,7 +112,8 @@ def exactly(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _casts(x: Tensor) -> bool:
     # Private, and twenty times faster to ask than the public function.
-    if not torch._C._is_any_autocast_enabled() or x.is_meta:
+    # It does not count that of Apple's devices.
+    if x.is_meta or not (x.is_mps or torch._C._is_any_autocast_enabled()):
         return False
     return torch.is_autocast_enabled(x.device.type)
 

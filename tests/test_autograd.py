@@ -236,12 +236,13 @@ def test_any_autocast():
         with torch.autocast("cpu", enabled=False):
             assert not torch.is_autocast_enabled("cpu")
     assert not ask()
-    # Any device: where it says no, none needs to be asked.
-    torch.set_autocast_enabled("mps", True)
-    try:
-        assert ask()
-    finally:
-        torch.set_autocast_enabled("mps", False)
+    # Any device but one: where it says no, no other needs to be asked.
+    for device in ("cuda", "xpu", "mps"):
+        torch.set_autocast_enabled(device, True)
+        try:
+            assert ask() == (device != "mps")
+        finally:
+            torch.set_autocast_enabled(device, False)
     assert not ask()
 
 
