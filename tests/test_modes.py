@@ -1535,7 +1535,7 @@ def most():
 torch.set_num_threads(1)
 x = torch.linspace(-9, 9, 12_800_000, dtype=torch.float64)
 call = getattr(softmaxlib, {name!r})
-call(x[:1000], 0, temperature=0.7)
+call(x[:600_000], 0, temperature=0.7)  # code loads once
 try:
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 except OSError:
@@ -1558,4 +1558,4 @@ def test_memory_of_one_long_row(name):
         cwd=pathlib.Path(__file__).parent.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert int(result.stdout) < 10 * 2**20
+    assert int(result.stdout) < 8 * 2**20
