@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -1407,17 +1408,25 @@ def test_the_name_of_dtensor():
 X, T3 = torch.zeros(2, 3), torch.tensor([0, 1])
 # A call, the error, and the words that every mode says.
 ERRORS = {
-    "dim": (lambda x: s.softmax(x, 2), IndexError, "out of range"),
+    "dim": (
+        lambda x: s.softmax(x, 2),
+        IndexError,
+        "softmax(): dim out of range",
+    ),
     "dim of logsumexp": (
         lambda x: s.logsumexp(x, (0, -3)),
         IndexError,
-        "out of range",
+        "logsumexp(): dim out of range",
     ),
-    "kind of dim": (lambda x: s.softmax(x, 1.0), TypeError, "an int"),
+    "kind of dim": (
+        lambda x: s.softmax(x, 1.0),
+        TypeError,
+        "softmax(): dim must be an int",
+    ),
     "temperature": (
         lambda x: s.log_softmax(x, 1, temperature=-1.0),
         ValueError,
-        "-temperature",
+        "log_softmax(): temperature must be in [0, inf]",
     ),
     "integers": (
         lambda x: s.softmax(x.long(), 1),
@@ -1442,7 +1451,7 @@ ERRORS = {
     "tangent": (
         lambda x: s.softmax_jvp(x, x[:1], 1),
         RuntimeError,
-        "of shape",
+        "softmax_jvp(): tangent must be of shape (2, 3)",
     ),
     "target": (
         lambda x: s.cross_entropy(x, x[:1]),
@@ -1482,7 +1491,7 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors(name, way):
     call, error, words = ERRORS[name]
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=re.escape(words)):
         way(call, (X,))
 
 
@@ -1499,7 +1508,7 @@ def test_errors_of_a_compiler(name):
     assert words in str(caught.value)
     # Without fullgraph, the error is that of an eager call.
     torch._dynamo.reset()
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=re.escape(words)):
         torch.compile(call, backend="eager")(X)
 
 
