@@ -65,9 +65,9 @@ def softmax(
     Accuracy, worst case over all finite inputs: 0.5 ulp and a hair for
     float16, bfloat16 and float32, at any temperature; 5 ulp for float64,
     where neighbouring logits may come out in the wrong order by an ulp.
-    While ``torch.compile`` traces, the shifted textbook formula in the input
-    format runs instead (halves in float32), whose error grows with the range
-    of the logits, as that of ``torch.softmax`` does.
+    The same under ``torch.compile`` and ``torch.export``, but for float64,
+    whose error grows with the range of the logits there, as that of
+    ``torch.softmax`` does: by an ulp for each unit.
 
     Complexity: O(n) time for n entries; besides the output a block of 2 MiB
     a thread, or 8 MiB if that is more, never a float64 copy of the input.
@@ -132,10 +132,11 @@ def log_softmax(
 
     Accuracy, worst case over all finite inputs: 0.5 ulp and a hair for
     float16, bfloat16 and float32, at any temperature; 5 ulp for float64.
-    While ``torch.compile`` traces, a composite in the input format runs
-    instead (halves in float32); it keeps the ``log1p``.
+    Compiled, as :func:`softmax`; gradients keep their digits there, too.
 
-    Complexity: as :func:`softmax`.
+    Complexity: as :func:`softmax`. For the gradient, the input is kept and
+    not the output, from which the digits could not be had: to change it in
+    place before the backward pass raises.
 
     Example:
         >>> import torch
@@ -194,10 +195,10 @@ def logsumexp(
     Accuracy, worst case over all finite inputs: 0.5 ulp and a hair for
     float16, bfloat16 and float32. For float64: 4 ulp of the largest of
     \|LSE\|, \|max z\| and log K, and not of \|LSE\| alone, since the problem
-    is ill-conditioned near its zero set, where z + log(sum) cancels. For the
-    narrower formats such rows are computed in double-double arithmetic.
-    While ``torch.compile`` traces, a composite in the input format runs
-    instead (halves in float32).
+    is ill-conditioned near its zero set, where z + log(sum) cancels; for
+    the narrower formats that adds 2\ :sup:`-50` of the same. The same under
+    ``torch.compile`` and ``torch.export``, but for float64, as
+    :func:`softmax`.
 
     Complexity: as :func:`softmax`, without an output of the input's size.
 
