@@ -35,9 +35,7 @@ def log_softmax(x: Tensor, mask: Mask, dim: int, T: float) -> Tensor:
 
 def logsumexp(x: Tensor, mask: Mask, dim: int, T: float) -> Tensor:
     if not x.shape[dim]:
-        shape = [*x.shape]
-        shape[dim] = 1
-        return x.new_full(shape, -math.inf)
+        return x.sum(dim, keepdim=True) - math.inf
     z = _unmasked(widen(x), mask, -math.inf)
     here = _largest(z, dim)
     top = _at(here, z, dim)

@@ -1020,7 +1020,90 @@ def test_layers(way):
             torch.testing.assert_close(a, b.float(), rtol=1e-6, atol=0)
 
 
-# --- other devices of autograd -------------------------------------------
+def odd_shapes(z, row, cube, many, none, t, ts, flags):
+    """Functions of a scalar, a row, a cube, and of nothing."""
+    return (
+        s.softmax(z, 0, temperature=0.5),
+        s.log_softmax(z, -1),
+        s.logsumexp(z, 0),
+        s.softmax_jacobian(z, 0),
+        s.softmax_jvp(z, z, 0),
+        s.cross_entropy(row, t, label_smoothing=0.1),
+        s.cross_entropy_gradient(row, t),
+        s.logsumexp(cube, (0, 2), keepdim=True),
+        s.logsumexp(cube, (), mask=flags),
+        s.logsumexp(cube, (2, 1), mask=flags),
+        s.softmax(cube, 1, mask=flags),
+        s.log_softmax(cube.movedim(0, 2), 0, mask=flags[0, ..., None]),
+        s.cross_entropy(cube, ts, reduction="none"),
+        s.cross_entropy_gradient(cube, ts),
+        s.soft_cross_entropy(cube, cube.square(), 0, reduction="sum"),
+        s.log_softmax_jacobian(cube, 1, temperature=2.0),
+        s.softmax_hessian(cube.mT, 0),
+        s.softmax(many, 1),
+        s.log_softmax(none, 1),
+        s.logsumexp(none, 1),
+        s.logsumexp(many, 1),
+        s.softmax_jacobian(none, 1),
+        s.softmax_hvp(none, none, none, 1),
+        s.soft_cross_entropy(none, none),
+        s.soft_cross_entropy_gradient(none, none),
+        s.cross_entropy(many, many, reduction="sum"),
+    )
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_gradients_of_nothing(compiles):
+    for shape in ((3, 0), (0, 3)):
+        x = torch.empty(shape, requires_grad=True)
+        functions = (
+            lambda x: s.softmax(x, 1),
+            lambda x: s.log_softmax(x, 1),
+            lambda x: s.logsumexp(x, 1),
+            lambda x: s.softmax_jvp(x, x, 1),
+            lambda x: s.softmax_hvp(x, x, x, 1),
+            lambda x: s.softmax_jacobian(x, 1),
+            lambda x: s.soft_cross_entropy(x, x.detach(), reduction="sum"),
+        )
+        for function in functions:
+            way = in_one_graph if compiles else directly
+            result = way(function, (x,))
+            (gradient,) = torch.autograd.grad(result.sum(), x)
+            assert gradient.shape == shape
+
+
+@pytest.mark.parametrize(
+    "way", [in_one_graph, as_program, in_a_batch, *WITHOUT], ids=name_of
+)
+def test_odd_shapes(way):
+    tensors = (
+        randn(1)[0],
+        randn(4),
+        randn(2, 3, 5),
+        torch.empty(0, 3),
+        torch.empty(3, 0),
+        torch.tensor(2),
+        torch.arange(10).view(2, 5) % 3,
+        (torch.arange(15) % 4 > 0).view(1, 3, 5),
+    )
+    expected = odd_shapes(*tensors)
+    if way is in_a_batch:
+        batch = [torch.stack([t, t]) for t in tensors]
+        results = [r[1] for r in torch.vmap(odd_shapes)(*batch)]
+    else:
+        results = way(odd_shapes, tensors)
+    for got, expect in zip(results, expected, strict=True):
+        assert got.shape == expect.shape
+        assert got.dtype == expect.dtype
+        if way is not in_a_batch:
+            assert got.is_contiguous()
+        if way not in WITHOUT:
+            torch.testing.assert_close(
+                got, expect, rtol=3e-7, atol=1e-9, equal_nan=True
+            )
+
+
+# --- the graph of autograd -----------------------------------------------
 
 
 def public():
@@ -1298,6 +1381,33 @@ def test_autocast_gives_the_formats_of_pytorch(name):
             x = randn(3, 4)
             assert ours(x, 1, dtype=F16).dtype == F16
             assert ours(x.to("meta"), 1).dtype == F32
+
+
+def test_autocast_around_a_compiler():
+    x = randn(3, 4).bfloat16()
+    pairs = list(autocast_pairs().values())
+    for index in (0, 1):
+        with torch.autocast("cpu", BF16):
+            found = in_one_graph(
+                lambda x, i=index: [pair[i](x, 1) for pair in pairs], (x,)
+            )
+            expect = [pair[1](x, 1) for pair in pairs]
+        assert [f.dtype for f in found] == [e.dtype for e in expect]
+    weight, t = randn(5, 4), torch.tensor([0, 1, 2])
+
+    def derivatives(x, weight, t):
+        return (
+            s.weight_gradient(x, weight, t)[0],
+            s.weight_hvp(x, weight, weight)[0],
+            s.weight_hessian(x, weight),
+            s.softmax_hvp(x, x, x, 1),
+        )
+
+    x = randn(3, 4, seed=1)
+    with torch.autocast("cpu", BF16):
+        found = in_one_graph(derivatives, (x, weight, t))
+    for got, expect in zip(found, derivatives(x, weight, t), strict=True):
+        torch.testing.assert_close(got, expect, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
