@@ -105,7 +105,8 @@ def exactly(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _casts(x: Tensor) -> bool:
     # Private, and twenty times faster to ask than the public function.
-    if not torch._C._is_any_autocast_enabled() or x.is_meta:
+    # It does not count that of Apple's devices.
+    if x.is_meta or not (x.is_mps or torch._C._is_any_autocast_enabled()):
         return False
     return torch.is_autocast_enabled(x.device.type)
 
@@ -144,7 +145,7 @@ class Operation(Function):
         if way == "kernel":
             return cls.run(*arguments)
         if way == "plain":
-            return cls.plain(*arguments)
+            return cls.plain(*arguments).contiguous()
         return call(cls, *arguments)  # type: ignore[no-any-return]
 
     @classmethod

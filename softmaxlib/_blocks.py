@@ -65,10 +65,9 @@ def exponents(z: Tensor, top: Tensor, T: float) -> Tensor:
     for logits of -inf. NaN where `top` is infinite.
     """
     if T == 0:
-        return torch.where(z < top, -math.inf, (z - top) * 0)
+        return torch.where(z < top, -math.inf, top - top)
     if T == math.inf:
-        # Not (z - top) * 0: the difference may overflow.
-        return torch.where(z == -math.inf, -math.inf, z * 0) - top * 0
+        return torch.where(z == -math.inf, -math.inf, 0.0) + (top - top)
     if T > 2.0**1000:
         # Lest a difference overflow that the division would bring back.
         z, top, T = z * 0.5, top * 0.5, T * 0.5

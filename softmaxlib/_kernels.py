@@ -209,6 +209,8 @@ def _by_blocks(
 ) -> Tensor:
     """Compute all rows at once, or a cacheful of rows at a time."""
     size = max(_blocks.SHARED * torch.get_num_threads(), x.shape[dim])
+    if not x.numel():
+        return x.new_empty(x.shape)
     if x.numel() <= size:
         return _cast(block(dim, x, *others), x.dtype)
     out = x.new_empty(x.shape)

@@ -31,9 +31,7 @@ def log_softmax(x: Tensor, mask: Mask, dim: int, T: float) -> Tensor:
 
 def logsumexp(x: Tensor, mask: Mask, dim: int, T: float) -> Tensor:
     if not x.shape[dim]:
-        shape = [*x.shape]
-        shape[dim] = 1
-        return x.new_full(shape, -math.inf)
+        return x.sum(dim, keepdim=True) - math.inf
     z = _unmasked(widen(x), mask, -math.inf)
     here = _largest(z, dim)
     top = _at(here, z, dim)
@@ -141,7 +139,7 @@ def _difference(p: Tensor, y: Tensor, dim: int) -> Tensor:
     All add up to zero, and p itself may have rounded to one.
     """
     here, result = _largest(p, dim), p * y.sum(dim, keepdim=True) - y
-    others = torch.where(here, p * 0, result).sum(dim, keepdim=True)
+    others = torch.where(here, p - p, result).sum(dim, keepdim=True)
     return torch.where(here, -others, result)
 
 
@@ -191,8 +189,11 @@ def _shifted(
 
 
 def _rest(high: Tensor, here: Tensor, dim: int) -> Tensor:
-    """The sum of the weights but the largest; NaN if `high` is there."""
-    weights = torch.where(here, high * 0, high.exp())
+    """The sum of the weights but the largest; NaN if `high` is there.
+
+    There `high` is 0 or NaN. A compiler takes NaN * 0 for 0.
+    """
+    weights = torch.where(here, high.detach(), high.exp())
     return weights.sum(dim, keepdim=True)
 
 

@@ -69,7 +69,8 @@ def softmax(
     float32. ``torch.compile``, ``torch.export`` and tensors without values
     get plain operations instead: as accurate for the narrow formats, which
     are computed in float64 there, too; for float64 the error grows with the
-    range of the logits, as that of ``torch.softmax`` does.
+    range of the logits, as that of ``torch.softmax`` does, by an ulp for
+    each unit.
 
     Derivatives of any order, in both modes and under ``torch.func``; a
     compiled function has as many as PyTorch gives it, at present one
@@ -93,9 +94,8 @@ def softmax(
     doi:10.1007/978-3-642-76153-9_28. The rounding errors of the shifted
     formula: Blanchard, Higham and Higham (2021), doi:10.1093/imanum/draa038.
     """
-    return _evaluate(
-        _autograd.Softmax, input, dim, temperature, mask, dtype, out
-    )
+    name, options = "softmax", (temperature, mask, dtype, out)
+    return _evaluate(name, _autograd.Softmax, input, dim, *options)
 
 
 def log_softmax(
@@ -160,9 +160,8 @@ def log_softmax(
     Derived in the chapter *Softmax on a computer*. Source: Blanchard, Higham
     and Higham (2021), doi:10.1093/imanum/draa038, Algorithm 4.1.
     """
-    return _evaluate(
-        _autograd.LogSoftmax, input, dim, temperature, mask, dtype, out
-    )
+    name, options = "log_softmax", (temperature, mask, dtype, out)
+    return _evaluate(name, _autograd.LogSoftmax, input, dim, *options)
 
 
 def logsumexp(
@@ -240,7 +239,8 @@ def logsumexp(
         mask = mask if mask is None else _together(mask, dims)
     if out is None:
         return _autograd.LogSumExp.call(x, mask, last, 1.0).view(shape)
-    return _write(_autograd.LogSumExp, (x, mask, last, 1.0), shape, out)
+    arguments = x, mask, last, 1.0
+    return _write(name, _autograd.LogSumExp, arguments, shape, out)
 
 
 def naive_softmax(input: Tensor, dim: int) -> Tensor:
@@ -277,6 +277,7 @@ def naive_softmax(input: Tensor, dim: int) -> Tensor:
 
 
 def _evaluate(
+    name: str,
     operation: type[_autograd.Operation],
     input: Tensor,
     dim: int,
@@ -286,7 +287,6 @@ def _evaluate(
     out: Tensor | None,
 ) -> Tensor:
     """Check the arguments, then compute, freshly or into `out`."""
-    name = operation.name
     x = _converted(name, input, dtype)
     dim = _check.dimension(name, dim, x.ndim)
     temperature = _check.temperature(name, temperature)
@@ -294,18 +294,18 @@ def _evaluate(
     arguments = x, mask, dim, temperature
     if out is None:
         return operation.call(*arguments)
-    return _write(operation, arguments, x.shape, out)
+    return _write(name, operation, arguments, x.shape, out)
 
 
 def _write(
+    name: str,
     operation: type[_autograd.Operation],
     arguments: tuple[Any, ...],
     shape: Sequence[int],
     out: Tensor,
 ) -> Tensor:
     """Compute into `out`, directly if it is contiguous and lies apart."""
-    name, x = operation.name, arguments[0]
-    out = _check.tensor(name, "out", out)
+    x, out = arguments[0], _check.tensor(name, "out", out)
     if _autograd.has_derivatives(x, out):
         why = "out= has no automatic differentiation; detach first"
         raise RuntimeError(f"{name}(): {why}")

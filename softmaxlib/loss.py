@@ -363,6 +363,4 @@ def _soft_arguments(
 def _ones(x: Tensor, dim: int) -> Tensor:
     """One for each row, in the working format."""
     shape = [*x.shape[:dim], 1, *x.shape[dim + 1 :]]
-    return torch.ones(
-        shape, dtype=_blocks.work_dtype(x.device), device=x.device
-    )
+    return x.new_ones(shape, dtype=_blocks.work_dtype(x.device))

@@ -1,180 +1,298 @@
-"""What PyTorch keeps to itself, and the dispatcher relies on.
+"""What PyTorch keeps to itself, and the library asks all the same.
 
-Each private name is used for what it says. A name that goes away raises
-AttributeError here; one that changes its meaning fails its test, which says
-what the dispatcher would no longer notice.
+One test for each private name in `softmaxlib/_autograd.py`: it notices when
+the name goes away, or no longer means what the library takes it to mean.
 """
 
-import ast
 import pathlib
+import re
+import threading
 
 import pytest
 import torch
-from drawn import randn
-from test_house import DISPATCHER, TREES, docstrings, foreign_secrets
-from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 import softmaxlib
-from softmaxlib import _autograd, softmax
+from softmaxlib import _autograd
+
+functorch = torch._C._functorch
+PACKAGE = pathlib.Path(softmaxlib.__file__).parent
+# Each is tested below.
+KNOWN = {
+    "torch._C._is_tracing",
+    "torch._C._are_functorch_transforms_active",
+    "torch._C._functorch",
+    "torch._C._is_any_autocast_enabled",
+    "torch._subclasses.FakeTensor",
+    "forward_ad._current_level",
+    "forward_ad._set_fwd_grad_enabled",
+    "functorch.get_unwrapped",
+    "functorch.is_batchedtensor",
+    "functorch.is_functorch_wrapped_tensor",
+    "functorch.is_legacy_batchedtensor",
+}
+# An operator, whose arguments are those that autograd uses.
+ELSEWHERE = {"torch._softmax_backward_data"}
 
 
-def seen(transform):
-    """The routes that `route` chooses inside a transform."""
-    routes = []
+def seen(ask):
+    """What `ask` answers in each state of functorch and autograd."""
+    x = torch.ones(2)
+    found = {"outside": ask(x)}
+
+    def inside(name):
+        def function(x):
+            found[name] = ask(x)
+            return x.sum()
+
+        return function
+
+    torch.vmap(inside("vmap"))(x[None])
+    torch.func.grad(inside("grad"))(x)
+    torch.func.jvp(inside("jvp"), (x,), (x,))
+    with forward_ad.dual_level():
+        found["level"] = ask(x)
+        found["dual"] = ask(forward_ad.make_dual(x, x))
+    found["after"] = ask(x)
+    return found
+
+
+def private_names(path):
+    """`torch._...`, `forward_ad._...` and what `_functorch` has."""
+    text = path.read_text(encoding="utf-8")
+    text = re.sub(r"#.*", "", text)
+    names = re.findall(r"\b(torch\._C\.\w+|torch\._\w+(?:\.\w+)?)", text)
+    names += re.findall(r"\bforward_ad\._\w+", text)
+    names += [
+        f"functorch.{name}"
+        for name in re.findall(r"\b_?functorch\.(\w+)", text)
+    ]
+    return set(names)
+
+
+def test_no_private_name_is_without_a_test():
+    assert private_names(PACKAGE / "_autograd.py") == KNOWN
+    others = set()
+    for path in PACKAGE.glob("*.py"):
+        if path.name != "_autograd.py":
+            others |= private_names(path)
+    assert others == ELSEWHERE
+
+
+def test_is_tracing():
+    found = [torch._C._is_tracing()]
 
     def function(x):
-        routes.append(_autograd.route(x))
-        return x * 2
+        found.append(torch._C._is_tracing())
+        return x + 1
 
-    transform(function)
-    return set(routes)
-
-
-def test_a_plain_call_takes_the_kernel():
-    assert seen(lambda f: f(randn(3))) == {"kernel"}
-    assert seen(lambda f: f(torch.nn.Parameter(randn(3)))) == {"watched"}
-    with torch.no_grad():
-        parameter = torch.nn.Parameter(randn(3))
-        assert seen(lambda f: f(parameter)) == {"kernel"}
+    torch.jit.trace(function, (torch.ones(2),), check_trace=False)
+    found.append(torch._C._is_tracing())
+    assert found == [False, True, False]
 
 
-@pytest.mark.parametrize(
-    "transform",
-    [
-        lambda f: torch.func.vmap(f)(randn(2, 3)),
-        lambda f: torch.func.grad(lambda x: f(x).sum())(randn(3)),
-        lambda f: torch.func.jacrev(f)(randn(3)),
-        lambda f: torch.func.jacfwd(f)(randn(3)),
-        lambda f: torch.func.hessian(lambda x: f(x).sum())(randn(3)),
-        # Constants of a transform are not wrapped.
-        lambda f: torch.func.vmap(lambda _: f(torch.ones(3)))(randn(2)),
-    ],
-    ids=["vmap", "grad", "jacrev", "jacfwd", "hessian", "constant"],
-)
-def test_functorch_transforms_are_watched(transform):
-    """torch._C._are_functorch_transforms_active."""
-    assert seen(transform) == {"watched"}
+def test_functorch_transforms_are_seen():
+    ask = torch._C._are_functorch_transforms_active
+    found = seen(lambda x: ask())
+    assert [name for name in found if found[name]] == [
+        "vmap",
+        "grad",
+        "jvp",
+    ]
 
 
-def test_forward_mode_is_watched():
-    """forward_ad._current_level."""
-    x = randn(3)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, x)
-        assert _autograd.route(dual) == "watched"
-        assert _autograd.has_derivatives(dual)
-        assert not _autograd.has_derivatives(x)
-    assert _autograd.route(x) == "kernel"
-    assert not _autograd.has_derivatives(x)
+def test_the_level_of_forward_mode():
+    found = seen(lambda x: forward_ad._current_level >= 0)
+    inside = ["jvp", "level", "dual"]
+    assert [name for name in found if found[name]] == inside
 
 
-def test_batches_behind_our_back_are_plain():
-    """torch._C._functorch.is_legacy_batchedtensor."""
-    routes = []
+def test_forward_mode_is_switched_on_inside_jvp():
+    """PyTorch runs the rule with forward mode off."""
+    found = []
 
-    class Double(torch.autograd.Function):
+    class Probe(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x):
-            return 2 * x
+        def forward(x):
+            return x * 1
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def jvp(ctx, tangent):
+            (x,) = ctx.saved_tensors
+            found.append(forward_ad._is_fwd_grad_enabled())
+            with forward_ad._set_fwd_grad_enabled(True):
+                found.append(forward_ad._is_fwd_grad_enabled())
+            found.append(forward_ad._is_fwd_grad_enabled())
+            return x * tangent
+
+    x = torch.ones(2)
+    with forward_ad.dual_level():
+        Probe.apply(forward_ad.make_dual(x, x))
+    assert found == [False, True, False]
+    # For this: the derivative of a derivative would be a silent zero.
+    z, v = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 0.0, -1.0])
+
+    def change(function, z):
+        return torch.func.jvp(function, (z,), (v,))[1]
+
+    def second(function):
+        return change(lambda z: change(function, z), z)
+
+    got = second(lambda z: softmaxlib.softmax(z, 0))
+    expect = second(lambda z: torch.softmax(z, 0))
+    torch.testing.assert_close(got, expect)
+    assert got.abs().min() > 1e-3
+
+
+def test_wrapped_tensors():
+    found = seen(functorch.is_functorch_wrapped_tensor)
+    assert [name for name in found if found[name]] == [
+        "vmap",
+        "grad",
+        "jvp",
+    ]
+    assert seen(_autograd.is_wrapped) == found
+
+
+def test_batched_tensors():
+    found = seen(functorch.is_batchedtensor)
+    assert [name for name in found if found[name]] == ["vmap"]
+
+
+def test_unwrapping():
+    x, found = torch.arange(6.0).view(3, 2), []
+
+    def function(z):
+        assert functorch.is_functorch_wrapped_tensor(z)
+        z = functorch.get_unwrapped(z)
+        found.append(functorch.is_batchedtensor(z))
+        assert functorch.is_functorch_wrapped_tensor(z)
+        z = functorch.get_unwrapped(z)
+        assert not functorch.is_functorch_wrapped_tensor(z)
+        assert torch.equal(z, x)
+        return torch.zeros(())
+
+    # One batch outside, one derivative inside.
+    torch.vmap(lambda z: torch.func.grad(function)(z))(x)
+    assert found == [True]
+
+
+def test_legacy_batches():
+    """Those of autograd, which ask for no vmap rule."""
+    ask, found = functorch.is_legacy_batchedtensor, []
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return x * 1
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
 
         @staticmethod
         def backward(ctx, c):
-            routes.append(_autograd.route(c))
-            return 2 * c
+            found.append(ask(c))
+            found.append(_autograd.route(c))
+            return c
 
-    x = randn(3).requires_grad_()
-    (jacobian,) = torch.autograd.grad(
-        Double.apply(x), x, torch.eye(3).double(), is_grads_batched=True
-    )
-    assert torch.equal(jacobian, 2 * torch.eye(3).double())
-    assert routes == ["plain"]
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
-def test_a_trace_is_refused():
-    """torch._C._is_tracing."""
-    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace would"):
-        torch.jit.trace(lambda x: softmax(x, 0), randn(3))
+    x = torch.ones(2, requires_grad=True)
+    y = Probe.apply(x)
+    torch.autograd.grad(y, x, torch.ones(2), retain_graph=True)
+    assert found == [False, "kernel"]
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
+    assert found[2:] == [True, "plain"]
+    assert not any(seen(ask).values())
 
 
-def test_a_wrapped_tensor_is_known():
-    """torch._C._functorch.is_functorch_wrapped_tensor."""
-    x, wrapped = randn(2, 3), []
-
-    def function(row):
-        wrapped.append(_autograd.is_wrapped(row))
-        return row
-
-    torch.func.vmap(function)(x)
-    torch.func.grad(lambda row: function(row).sum())(x)
-    assert wrapped == [True, True]
-    assert not _autograd.is_wrapped(x)
-
-
-def test_a_tensor_without_values_is_known():
-    """torch._subclasses.FakeTensor."""
+def test_fake_tensors():
+    fake = torch._subclasses.FakeTensor
+    x = torch.ones(2)
+    assert not isinstance(x, fake)
     with FakeTensorMode() as mode:
-        fake = mode.from_tensor(randn(3))
-    assert isinstance(fake, FakeTensor)
-    for x in (fake, randn(3).to("meta")):
-        assert _autograd.is_shape_only(x)
-        assert _autograd.route(x) == "plain"
-    assert not _autograd.is_shape_only(randn(3))
+        assert isinstance(torch.ones(2), fake)
+        assert isinstance(mode.from_tensor(x), fake)
+        assert _autograd.is_shape_only(torch.ones(2))
+    assert isinstance(mode.from_tensor(x), fake)
+    assert _autograd.is_shape_only(torch.ones(2, device="meta"))
+    assert not _autograd.is_shape_only(x)
 
 
-def test_autocast_is_known():
-    """torch._C._is_any_autocast_enabled."""
-    x = randn(2, 3).bfloat16()
-    assert _autograd.autocast_dtype("softmax", x) is None
-    with torch.autocast("cpu"):
-        peer = torch.softmax(x, 1)
-        assert _autograd.autocast_dtype("softmax", x) == peer.dtype
-        with _autograd.exactly(x):
+def test_any_autocast():
+    ask = torch._C._is_any_autocast_enabled
+    assert not ask()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ask()
+        elsewhere = []
+        thread = threading.Thread(target=lambda: elsewhere.append(ask()))
+        thread.start()
+        thread.join()
+        assert elsewhere == [False]
+        with torch.autocast("cpu", enabled=False):
             assert not torch.is_autocast_enabled("cpu")
-        assert torch.is_autocast_enabled("cpu")
+    assert not ask()
+    # Any device but one: where it says no, no other needs to be asked.
+    for device in ("cuda", "xpu", "mps"):
+        torch.set_autocast_enabled(device, True)
+        try:
+            assert ask() == (device != "mps")
+        finally:
+            torch.set_autocast_enabled(device, False)
+    assert not ask()
+
+
+def test_the_operator_of_softmax_backward():
+    p = torch.tensor([[0.25, 0.5, 0.25]], dtype=torch.float64)
+    v = torch.tensor([[1.0, 2.0, -4.0]], dtype=torch.float64)
+    got = torch._softmax_backward_data(v, p, 1, p.dtype)
+    expect = p * (v - (p * v).sum(1, keepdim=True))
+    torch.testing.assert_close(got, expect, rtol=1e-15, atol=0)
+
+
+def test_routes():
+    x = torch.ones(2)
+    assert _autograd.route(x, None, 3.0) == "kernel"
+    assert _autograd.route(torch.nn.Parameter(x)) == "watched"
+    with torch.no_grad():
+        assert _autograd.route(torch.nn.Parameter(x)) == "kernel"
+    found = seen(_autograd.route)
+    assert found == {
+        "outside": "kernel",
+        "vmap": "watched",
+        "grad": "watched",
+        "jvp": "watched",
+        "level": "watched",
+        "dual": "watched",
+        "after": "kernel",
+    }
+    assert _autograd.route(x.to("meta")) == "plain"
+    with FakeTensorMode():
+        assert _autograd.route(torch.ones(2)) == "plain"
+
+    class Other(torch.Tensor):
+        pass
+
+    assert _autograd.route(x.as_subclass(Other)) == "plain"
+    found = []
+
+    def function(x):
+        found.append(_autograd.route(x))
+        return x + 1
+
+    torch.compile(function, fullgraph=True, backend="eager")(x)
+    assert found == ["plain"]
 
 
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
-def test_a_second_forward_derivative_is_no_silent_zero(name):
-    """forward_ad._set_fwd_grad_enabled."""
-    x, v = randn(4), randn(4, seed=1)
-
-    def along(function):
-        return lambda x: torch.func.jvp(function, (x,), (v,))[1]
-
-    ours, peer = getattr(softmaxlib, name), getattr(torch, name)
-    found = along(along(lambda x: ours(x, 0)))(x)
-    expected = along(along(lambda x: peer(x, 0)))(x)
-    assert expected.abs().min() > 1e-3
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
-
-
-def test_a_draw_knows_that_it_is_batched():
-    """torch._C._functorch.is_batchedtensor, get_unwrapped."""
-    refused = []
-
-    def function(x):
-        with pytest.raises(RuntimeError, match=r"torch\.vmap"):
-            _autograd.refuse_batches("sample", x)
-        refused.append(x)
-        return x
-
-    def inside(x):
-        return torch.func.grad(lambda y: function(y).sum())(x)
-
-    torch.func.vmap(function)(randn(2, 3))
-    torch.func.vmap(inside)(randn(2, 3))
-    assert len(refused) == 2
-    _autograd.refuse_batches("sample", randn(3))
-
-
-def test_every_private_name_has_its_test():
-    """Those of the dispatcher; its tests name them where this stands."""
-    private = foreign_secrets(TREES[DISPATCHER])
-    here = ast.parse(pathlib.Path(__file__).read_text(encoding="utf-8"))
-    said = " ".join(text.value for text in docstrings(here))
-    for name in private:
-        longer = any(other.startswith(f"{name}.") for other in private)
-        assert longer or name.rpartition(".")[2] in said, name
+def test_autocast_asks_pytorch(name):
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        x = torch.ones(2, 3, dtype=dtype)
+        assert _autograd.autocast_dtype(name, x) is None
+        with torch.autocast("cpu", torch.bfloat16):
+            expect = getattr(torch, name)(x, 1).dtype
+            assert _autograd.autocast_dtype(name, x) == expect
