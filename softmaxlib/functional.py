@@ -307,7 +307,7 @@ def _write(
     """Compute into `out`, directly if it is contiguous and lies apart."""
     x, out = arguments[0], _check.tensor(name, "out", out)
     if _autograd.has_derivatives(x, out):
-        why = "out= has no automatic differentiation; detach first"
+        why = "out= does not support automatic differentiation, detach"
         raise RuntimeError(f"{name}(): {why}")
     out = _check.out(name, out, shape, x)
     direct = x.ndim and _autograd.route(x, out) == "kernel"
