@@ -117,7 +117,7 @@ class Rows:
     """A block of rows, shape (outer, inner, K), in the working format.
 
     Logits, exponents and weights are computed over `pieces` of the classes:
-    one as a rule, several where a row is longer than four blocks. What a
+    one as a rule, several of half a block where a row has more than four. What a
     method returns stands in a buffer that the next call reuses.
     """
 
@@ -132,7 +132,7 @@ class Rows:
         if self.mask is not None:
             self.x = self.x.masked_fill(~self.mask, -math.inf)
         classes = self.x.shape[-1]
-        width = classes if classes <= 4 * self.size else self.size
+        width = classes if classes <= 4 * self.size else self.size // 2
         starts = range(0, classes, width)
         self.pieces = [slice(k, k + width) for k in starts]
 
