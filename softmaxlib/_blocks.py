@@ -36,19 +36,19 @@ _SMALLEST_INVERSE, _LARGEST_INVERSE = 1e-300, 1e300
 _CONFIDENT = 2.0**-16
 
 
-def work_dtype(device: torch.device) -> torch.dtype:
-    """The widest format of the device."""
-    return torch.float32 if device.type == "mps" else torch.float64
+def work_dtype(x: Tensor) -> torch.dtype:
+    """The widest format of the device of a tensor."""
+    return torch.float32 if x.is_mps else torch.float64
 
 
 def compensates(x: Tensor) -> bool:
     """Whether there is no wider format to compute that of `x` in."""
-    return x.dtype == torch.float64 or x.dtype == work_dtype(x.device)
+    return x.dtype == torch.float64 or x.dtype == work_dtype(x)
 
 
 def widen(x: Tensor) -> Tensor:
     """`x` in the widest format of its device."""
-    return x.to(work_dtype(x.device))
+    return x.to(work_dtype(x))
 
 
 def slope(T: float) -> float:
@@ -117,8 +117,8 @@ class Rows:
     """A block of rows, shape (outer, inner, K), in the working format.
 
     Logits, exponents and weights are computed over `pieces` of the classes:
-    one as a rule, several of half a block where a row has more than four. What a
-    method returns stands in a buffer that the next call reuses.
+    one as a rule, several of half a block where a row has more than four.
+    What a method returns stands in a buffer that the next call reuses.
     """
 
     x: Tensor
@@ -154,7 +154,7 @@ class Rows:
         size = outer * inner * classes
         if name not in self.buffers:
             self.buffers[name] = torch.empty(
-                size, dtype=work_dtype(self.x.device), device=self.x.device
+                size, dtype=work_dtype(self.x), device=self.x.device
             )
         flat = self.buffers[name][:size]
         return flat.view(outer, classes, inner).transpose(1, 2)

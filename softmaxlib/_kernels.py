@@ -141,7 +141,7 @@ def log_softmax_vjp(
     """(v - softmax(x) sum(v)) / T: minus s p - y, with v for the targets."""
 
     def block(d: int, z: Tensor, t: Tensor, m: Mask) -> Tensor:
-        y = t.to(_blocks.work_dtype(z.device), copy=True)
+        y = t.to(_blocks.work_dtype(z), copy=True)
         if m is not None:
             z, y = z.masked_fill(~m, -math.inf), y.masked_fill_(~m, 0)
         result = _difference(_probabilities(z, d, T), y, d)
@@ -208,10 +208,10 @@ def _by_blocks(
     block: Callable[..., Tensor], dim: int, x: Tensor, *others: Mask
 ) -> Tensor:
     """Compute all rows at once, or a cacheful of rows at a time."""
-    size = max(_blocks.SHARED * torch.get_num_threads(), x.shape[dim])
-    if not x.numel():
+    size, entries = _blocks.SHARED * torch.get_num_threads(), x.numel()
+    if not entries:
         return x.new_empty(x.shape)
-    if x.numel() <= size:
+    if entries <= size or entries == x.shape[dim]:
         return _cast(block(dim, x, *others), x.dtype)
     out = x.new_empty(x.shape)
     for *part, target in _blocks.blocks(dim, size, x, *others, out):
@@ -221,7 +221,7 @@ def _by_blocks(
 
 def is_confident(p: Tensor) -> bool:
     """Whether some probability is large, or NaN: it may hide such a row."""
-    return p.numel() > 0 and not p.amax().item() <= _UNSURE
+    return not p.amax().item() <= _UNSURE
 
 
 def weighted_deviation(p: Tensor, v: Tensor, dim: int) -> Tensor:
@@ -246,7 +246,7 @@ def _probabilities(x: Tensor, dim: int, T: float) -> Tensor:
     In float64 a difference of two logits is rounded by at most 2**-44 where
     its exponential does not underflow: that bounds the relative error.
     """
-    wide = _blocks.work_dtype(x.device)
+    wide = _blocks.work_dtype(x)
     if T == 1:
         return torch.softmax(x, dim, dtype=wide)
     return softmax(x, None, dim, T, out=x.new_empty(x.shape, dtype=wide))
@@ -355,7 +355,7 @@ def loss(
 
     The targets y are those of `_targets`, eps is the label smoothing.
     """
-    wide = _blocks.work_dtype(x.device)
+    wide = _blocks.work_dtype(x)
     # Nothing to lose where there is no class.
     out = x.new_zeros(_one_class(x, dim), dtype=wide)
     parts = _blocks.weighed(dim, 1.0, x, None, target, weight, out)

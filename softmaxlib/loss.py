@@ -343,7 +343,7 @@ def _prepare(
     t = _check.class_indices(name, target, x, dim).unsqueeze(dim)
     silent = t == ignore_index
     t = t.masked_fill(silent, 0)
-    share = (~silent).to(_blocks.work_dtype(x.device))
+    share = (~silent).to(_blocks.work_dtype(x))
     if weight is not None:
         share = share * weight.gather(dim, t)
         silent = silent if eps else share == 0
@@ -363,4 +363,4 @@ def _soft_arguments(
 def _ones(x: Tensor, dim: int) -> Tensor:
     """One for each row, in the working format."""
     shape = [*x.shape[:dim], 1, *x.shape[dim + 1 :]]
-    return x.new_ones(shape, dtype=_blocks.work_dtype(x.device))
+    return x.new_ones(shape, dtype=_blocks.work_dtype(x))

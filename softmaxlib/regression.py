@@ -94,7 +94,7 @@ def weight_gradient(
 
     def difference(rows: slice) -> Tensor:
         z = model.logits(rows)
-        one = z.new_ones(len(z), 1, dtype=_blocks.work_dtype(z.device))
+        one = z.new_ones(len(z), 1, dtype=_blocks.work_dtype(z))
         return _autograd.LossGradient.call(z, y[rows], None, one, 1, 0.0)
 
     return _outer_sums(model, difference, y)
@@ -364,7 +364,7 @@ class SoftmaxRegression(nn.Module):
         z = self.forward(x).reshape(-1, self.num_classes)
         y = target.reshape(len(z), *target.shape[x.ndim - 1 :])
         # Not rounded: the search compares small differences.
-        loss = cross_entropy(z, y, dtype=_blocks.work_dtype(z.device))
+        loss = cross_entropy(z, y, dtype=_blocks.work_dtype(z))
         square = self.weight.square().sum()
         return float(loss) + self.penalty / 2 * float(square)
 

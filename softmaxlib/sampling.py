@@ -341,7 +341,7 @@ def _invert(x: Tensor, n: int, t: float, random: _Random) -> _Index:
     rounded: it is exact where the total is a power of two, and elsewhere more
     than half of the spacing below the total.
     """
-    dtype = wide = _blocks.work_dtype(x.device)
+    dtype = wide = _blocks.work_dtype(x)
     narrow = x.shape[-1] > _SHORT and x.dtype != torch.float64
     if narrow and 2.0**-100 < t < 2.0**100:  # lest float32 overflow
         dtype = torch.float32
@@ -370,7 +370,7 @@ def _ascending(weights: Tensor) -> Tensor:
 
 def _noisy_max(x: Tensor, n: int, t: float, random: _Random) -> _Index:
     """The largest of the noisy logits, for a block of draws at a time."""
-    z = _exponents(x, t, _blocks.work_dtype(x.device))
+    z = _exponents(x, t, _blocks.work_dtype(x))
     if z.amax(-1).any():
         return None
     index = x.new_empty((n, *x.shape[:-1]), dtype=torch.int64)
@@ -382,7 +382,7 @@ def _noisy_max(x: Tensor, n: int, t: float, random: _Random) -> _Index:
 
 def _noisy_top_k(x: Tensor, k: int, t: float, random: _Random) -> _Index:
     """The k largest of the noisy logits, in descending order."""
-    z = _exponents(x, t, _blocks.work_dtype(x.device))
+    z = _exponents(x, t, _blocks.work_dtype(x))
     possible = x > -math.inf
     if z.amax(-1).any() or possible.sum(-1).min() < k:
         return None

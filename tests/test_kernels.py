@@ -105,7 +105,7 @@ def test_confident_rows_across_pieces(gap):
 @pytest.fixture
 def no_float64(monkeypatch):
     """Compute float32 and narrower formats in float32, compensated."""
-    monkeypatch.setattr(_blocks, "work_dtype", lambda device: F32)
+    monkeypatch.setattr(_blocks, "work_dtype", lambda x: F32)
     monkeypatch.setattr(_blocks, "compensates", lambda x: x.dtype == F32)
 
 
