@@ -2,7 +2,8 @@
 
 import torch
 
-from saboteurs import kernel, right, saboteur
+from saboteurs import kernel, replace, right, saboteur
+from softmaxlib import log_softmax, softmax
 
 CHAPTER = "04_monotonicity"
 
@@ -38,3 +39,98 @@ def near_pairs_reversed(patch):
                 out.copy_(_swap_near_pairs(logits, out, dim, 1e-13))
 
         kernel(patch, name, wrong)
+
+
+# --- what the first edition missed ---------------------------------------
+
+FUNCTIONS = (softmax, log_softmax)
+
+
+def _spoil(patch, change):
+    """Softmax and log-softmax, spoiled by a change of their results."""
+    for known in FUNCTIONS:
+
+        def wrong(input, dim, *, known=known, **options):
+            right = known(input, dim, **options)
+            return change(input, right, dim)
+
+        replace(patch, known.__name__, wrong)
+
+
+@saboteur("04_monotonicity")
+def ties_broken_by_place(patch):
+    """Takes an ulp or so from every class but the first."""
+
+    def change(input, right, dim):
+        if not right.numel():
+            return right
+        place = torch.arange(right.shape[dim]) > 0
+        shape = [1] * right.ndim
+        shape[dim] = -1
+        step = torch.finfo(right.dtype).eps * place.reshape(shape)
+        return right - step.to(right.dtype) * right.abs()
+
+    _spoil(patch, change)
+
+
+@saboteur("04_monotonicity")
+def close_pair_reversed(patch):
+    """Swaps the two last results where their logits are within 1e-12."""
+
+    def change(input, right, dim):
+        if right.ndim == 0 or right.shape[dim] < 2:
+            return right
+        z, p = input.movedim(dim, -1), right.movedim(dim, -1)
+        gap = (z[..., -1:] - z[..., -2:-1]).abs()
+        swapped = torch.cat([p[..., :-2], p[..., -2:].flip(-1)], -1)
+        close = (gap > 0) & (gap < 1e-12)
+        return torch.where(close, swapped, p).movedim(-1, dim)
+
+    _spoil(patch, change)
+
+
+@saboteur("04_monotonicity")
+def probabilities_in_the_order_of_places(patch):
+    """Sorts the results: a rising row whatever the order of its logits."""
+
+    def change(input, right, dim):
+        return right.sort(dim).values if right.ndim else right
+
+    _spoil(patch, change)
+
+
+@saboteur("04_monotonicity")
+def nothing_underflows(patch):
+    """Lifts every probability to at least the smallest normal number."""
+
+    def wrong(input, dim, **options):
+        right = softmax(input, dim, **options)
+        return right.clamp(min=torch.finfo(right.dtype).tiny)
+
+    replace(patch, "softmax", wrong)
+
+
+@saboteur("04_monotonicity")
+def hidden_first_class(patch):
+    """Gives class 1 a hundredth of the budget before the others share."""
+
+    def wrong(input, dim, **options):
+        right = softmax(input, dim, **options)
+        if not right.ndim or right.shape[dim] < 2:
+            return right
+        first = torch.arange(right.shape[dim]) == 0
+        shape = [1] * right.ndim
+        shape[dim] = -1
+        return 0.99 * right + 0.01 * first.reshape(shape).to(right)
+
+    replace(patch, "softmax", wrong)
+
+
+@saboteur("04_monotonicity")
+def logarithm_of_an_underflow(patch):
+    """Log-softmax as the logarithm of probabilities that may be 0."""
+
+    def wrong(input, dim, **options):
+        return softmax(input, dim, **options).log()
+
+    replace(patch, "log_softmax", wrong)
