@@ -120,14 +120,14 @@ def dimensions(function: str, dim: Iterable[Any], ndim: int) -> list[int]:
 
 def tensor(function: str, name: str, value: Any) -> Tensor:
     """A dense tensor, which these functions know how to read."""
-    dense = isinstance(value, Tensor) and value.layout is torch.strided
-    if dense and type(value) is Tensor and not value.is_nested:
-        return value
+    if type(value) is Tensor and value.layout is torch.strided:  # noqa: SIM102
+        if not value.is_nested:
+            return value
     what = f"{function}(): {name}"
     if not isinstance(value, Tensor):
         hint = f"{type(value).__name__}; torch.as_tensor({name}) makes one"
         _refuse(TypeError, what, "a torch.Tensor", hint)
-    if not dense or value.is_nested:
+    if value.layout is not torch.strided or value.is_nested:
         kind = "a nested one" if value.is_nested else f"{value.layout}"
         hint = (
             "; to_dense() or to_padded_tensor() makes one, but mask what "
