@@ -269,8 +269,7 @@ def softmax_jacobian(x: Tensor, dim: int, T: float) -> Tensor:
         torch.mul(factor.neg().unsqueeze(-1), factor.unsqueeze(-2), out=out)
         diagonal = out.diagonal(0, -2, -1)
         if even:
-            # -p^2 stands there already, and p - p^2 does not cancel up to
-            # 1/2.
+            # -p^2 stands there already, and p - p^2 cancels above 1/2 only.
             diagonal.add_(factor)
         else:
             diagonal.copy_((p * _complement(p)).mul_(scale))
@@ -309,16 +308,13 @@ def softmax_hessian(x: Tensor, dim: int, T: float) -> Tensor:
     return _dense(fill, 3, x, dim, T)
 
 
-def _dense(
-    fill: Callable[[Tensor, Tensor, float], None],
-    power: int,
-    x: Tensor,
-    dim: int,
-    T: float,
-) -> Tensor:
-    """Filled from p, classes last, and 1/T; `power` classes at the end."""
+_Fill = Callable[[Tensor, Tensor, float], None]
+
+
+def _dense(fill: _Fill, n: int, x: Tensor, dim: int, T: float) -> Tensor:
+    """Filled from p, classes last, and 1 / T; n class dimensions, last."""
     batch = [*x.shape[:dim], *x.shape[dim + 1 :]]
-    out = x.new_empty(batch + [x.shape[dim]] * power)
+    out = x.new_empty(batch + [x.shape[dim]] * n)
     if out.numel():
         p = _probabilities(x, dim, T).movedim(dim, -1)
         fill(out, p, _blocks.slope(T))
