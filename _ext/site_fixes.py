@@ -7,6 +7,8 @@
 * Ids that the extensions write more than once are removed, a deprecated ARIA
   role is replaced, and labels that hide the visible words from speech input
   are dropped, so that the pages are valid and accessible.
+* Long names in code may break after a dot, an underscore or a bracket, so
+  that they need not break within a word on a phone.
 * A claim that the book refutes (label ``false-...``) and a proof get classes
   of their own, for ``_static/softmax.css``.
 * A broken formula is an error: MathJax shows it in red in the browser and
@@ -41,6 +43,10 @@ REPEATED_ID = re.compile(
 
 # sphinx-exercise puts the space into the link, where it is underlined.
 SOLUTION_TITLE = re.compile(r'Solution to(<a class="[^"]*" href="[^"]*">) ')
+
+# The words of inline code, and where a long one may break.
+CODE_WORD = re.compile(r'(<span class="pre">)([^<]+)(?=</span>)')
+BREAK = re.compile(r"(?<=[._(])(?=[A-Za-z])")
 
 
 def copy_mathjax(app: Sphinx, exception: Exception | None) -> None:
@@ -78,6 +84,9 @@ def mend_page(app, pagename, templatename, context, doctree) -> None:
         body = SOLUTION_TITLE.sub(r"Solution to \1", body)
         body = body.replace(
             '<summary aria-label="Toggle hidden content">', "<summary>"
+        )
+        body = CODE_WORD.sub(
+            lambda word: word[1] + BREAK.sub("<wbr>", word[2]), body
         )
         context["body"] = body
 

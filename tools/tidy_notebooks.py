@@ -6,7 +6,8 @@ No outputs, the plain ``python3`` kernel, cell ids from the chapter and a
 running number, and one way to write the JSON, so that a diff shows what an
 author changed and nothing else. JupyterLab undoes all of it when it saves:
 ``make tidy`` restores it. What is folded on the site gets its tag: checks,
-code that only draws, imports.
+code that only draws, imports. JupyterLab hides the source of the same cells
+and shows its first line, which opens it with a click; outputs stay.
 """
 
 import json
@@ -57,6 +58,8 @@ def tidy(path: Path) -> bool:
         metadata = {
             k: old["metadata"][k] for k in KEPT if k in old["metadata"]
         }
+        if kind == "code" and "hide-input" in metadata.get("tags", []):
+            metadata["jupyter"] = {"source_hidden": True}
         cell = {"cell_type": kind, "id": "", "metadata": metadata}
         if kind == "code":
             cell |= {"execution_count": None, "outputs": []}
