@@ -351,6 +351,22 @@ def test_jupyterlab_folds_what_the_site_folds(chapter):
     )
 
 
+@each_notebook
+def test_a_folded_cell_says_on_its_first_line_what_it_is(chapter):
+    for id_, source, cell in cells(chapter, "code"):
+        first = source.splitlines()[0]
+        if is_check(cell):
+            labels = [t.removeprefix("checks:") for t in tags(cell)]
+            wanted = f"# The check of {', '.join(labels[:-1])}"
+        elif "figure" in tags(cell):
+            wanted = "# Code of the figure"
+        elif IMPORTS.search(source):
+            wanted = "# Imports"
+        else:
+            continue
+        assert first == wanted, f"{id_}: run `make tidy`"
+
+
 def test_the_guard_of_both_folds_works():
     def both(source, hidden, *marks):
         made = code(source, *marks)
