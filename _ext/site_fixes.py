@@ -41,12 +41,12 @@ REPEATED_ID = re.compile(
 )
 
 
-# sphinx-exercise puts the space into the link, where it is underlined.
-SOLUTION_TITLE = re.compile(r'Solution to(<a class="[^"]*" href="[^"]*">) ')
-
 # The words of inline code, and where a long one may break.
 CODE_WORD = re.compile(r'(<span class="pre">)([^<]+)(?=</span>)')
 BREAK = re.compile(r"(?<=[._(])(?=[A-Za-z])")
+
+# sphinx-exercise puts the space into the link, where it is underlined.
+SOLUTION_TITLE = re.compile(r'Solution to(<a class="[^"]*" href="[^"]*">) ')
 
 
 def copy_mathjax(app: Sphinx, exception: Exception | None) -> None:
