@@ -334,6 +334,55 @@ def test_checks_figures_and_imports_are_folded(chapter):
     assert list(unfolded(cells(chapter))) == [], "run `make tidy`"
 
 
+def folded_in_one_place(found):
+    """Yield the cells that the site folds and JupyterLab not, or reverse."""
+    for id_, source, cell in found:
+        hidden = cell["metadata"].get("jupyter", {}) == {
+            "source_hidden": True
+        }
+        if hidden != ("hide-input" in tags(cell)):
+            yield id_ or source
+
+
+@each_notebook
+def test_jupyterlab_folds_what_the_site_folds(chapter):
+    assert list(folded_in_one_place(cells(chapter))) == [], (
+        "run `make tidy`"
+    )
+
+
+@each_notebook
+def test_a_folded_cell_says_on_its_first_line_what_it_is(chapter):
+    for id_, source, cell in cells(chapter, "code"):
+        first = source.splitlines()[0]
+        if is_check(cell):
+            labels = [t.removeprefix("checks:") for t in tags(cell)]
+            wanted = f"# The check of {', '.join(labels[:-1])}"
+        elif "figure" in tags(cell):
+            wanted = "# Code of the figure"
+        elif IMPORTS.search(source):
+            wanted = "# Imports"
+        else:
+            continue
+        assert first == wanted, f"{id_}: run `make tidy`"
+
+
+def test_the_guard_of_both_folds_works():
+    def both(source, hidden, *marks):
+        made = code(source, *marks)
+        made[2]["metadata"] |= {"jupyter": {"source_hidden": hidden}}
+        return made
+
+    bad = [
+        code("a", "hide-input"),
+        both("b", True),
+        both("c", False, "hide-input"),
+    ]
+    assert list(folded_in_one_place(bad)) == ["a", "b", "c"]
+    good = [both("a", True, "hide-input"), code("b"), markdown("c")]
+    assert list(folded_in_one_place(good)) == []
+
+
 def test_the_guard_of_folds_works():
     bad = [code("import a"), code("b", "figure"), code("c", "checks:thm-c")]
     assert list(unfolded(bad)) == ["import a", "b", "c"]
