@@ -76,6 +76,10 @@ def statements(path):
         yield name.removeprefix("prf:"), options.get("label", "")
 
 
+# What leads to the cell of a correction that no chapter shows.
+FIX = re.compile(r"^\((fix-[\w-]+)\)=$", re.M)
+
+
 def labels_in_tags(path, prefix):
     return [
         tag.removeprefix(prefix)
@@ -524,6 +528,7 @@ def test_every_false_claim_is_shown_to_be_false(chapter):
     wanted = {
         lb for _, lb in statements(chapter) if lb.startswith("false-")
     }
+    wanted |= set(FIX.findall(prose(chapter)))
     shown = set(labels_in_tags(chapter, "shows:"))
     assert wanted - shown == set(), "false claims without a `shows:` cell"
     assert shown - wanted == set(), "`shows:` tags without a false claim"
@@ -654,6 +659,101 @@ def test_the_guard_of_rows_works():
         *good,
     ]
     assert list(unproved(bad)) == ["A", "B"]
+
+
+# --------------------------------------------------------- corrections
+
+CORRECTIONS = ROOT / "chapters" / "corrections.ipynb"
+VERDICTS = {
+    "False",
+    "Imprecise",
+    "In real arithmetic only",
+    "Only if",
+    "Outdated",
+}
+# A claim, in quotes or above a definition, and the definition.
+ROW = re.compile(r'^(".+"|.+(?=\n: ))\n?((?:(?:: |  ).+\n?)*)', re.M)
+LEADS = re.compile(r"\{(?:prf:)?ref\}`(?:[^`<]*<)?((?:false|fix)-[\w-]+)")
+
+
+def uncorrected(text, shown):
+    """Yield the claims without a verdict or without a cell that shows it."""
+    for claim, said in ROW.findall(text):
+        verdict = re.match(r": \*\*(.+?)[.,:]?\*\* ", said)
+        leads = set(LEADS.findall(said))
+        known = verdict and verdict[1] in VERDICTS
+        if not (known and leads and leads <= shown):
+            yield claim
+
+
+def stray(found):
+    """Yield the cells of a page that are no short evidence of a claim."""
+    leads = set(LEADS.findall("".join(source for _, source, _ in found)))
+    anchors = []
+    for id_, source, cell in found:
+        if cell["cell_type"] == "markdown":
+            anchors = FIX.findall(source)
+        elif not IMPORTS.search(source):
+            short = len(source.splitlines()) <= 12
+            asserts = any(
+                isinstance(n, ast.Assert)
+                for n in ast.walk(ast.parse(source))
+            )
+            tagged = tags(cell) == [f"shows:{label}" for label in anchors]
+            led = anchors and set(anchors) <= leads
+            if not (short and asserts and tagged and led):
+                yield id_
+            anchors = []
+
+
+def test_every_correction_has_a_verdict_and_leads_to_a_cell():
+    text = prose(CORRECTIONS)
+    shown = {
+        label
+        for chapter in NOTEBOOKS
+        for label in labels_in_tags(chapter, "shows:")
+    }
+    assert len(ROW.findall(text)) >= 85
+    assert list(uncorrected(text, shown)) == []
+    assert list(stray(list(cells(CORRECTIONS)))) == []
+
+
+def test_the_guard_of_corrections_works():
+    shown = {"false-a", "fix-b"}
+    good = (
+        '"A is b."\n: **Only if** c.\n  See {prf:ref}`false-a`.\n\n'
+        '"B."\n: **False.** See {ref}`below <fix-b>`.\n'
+    )
+    assert list(uncorrected(good, shown)) == []
+    rows = (
+        ": **Nearly.** See {prf:ref}`false-a`.",
+        ": Not so. See {prf:ref}`false-a`.",
+        ": **False.** It is not.",
+        ": **False.** See {prf:ref}`false-c`.",
+        ": **False.** See {prf:ref}`false-a` and {ref}`below <fix-c>`.",
+        "See {prf:ref}`false-a`.",
+        "",
+    )
+    bad = [f'"{n}."\n{row}\n\n' for n, row in enumerate(rows)]
+    wanted = [f'"{n}."' for n in range(len(rows))]
+    assert list(uncorrected("".join(bad), shown)) == wanted
+    assert list(uncorrected('A\n: b\n\n"C."', shown)) == ["A", '"C."']
+
+
+def test_the_guard_of_stray_cells_works():
+    row, anchor = markdown("{ref}`below <fix-b>`"), markdown("(fix-b)=\nB.")
+    good = code("assert x", "shows:fix-b")
+    assert list(stray([row, anchor, good])) == []
+    for bad in (
+        [row, anchor, code("x", "shows:fix-b")],
+        [row, anchor, code("assert x")],
+        [row, anchor, code("assert x", "shows:fix-c")],
+        [row, anchor, code("assert x\n" * 13, "shows:fix-b")],
+        [anchor, good],
+        [row, good],
+        [row, anchor, good, good],
+    ):
+        assert len(list(stray(bad))) == 1
 
 
 # -------------------------------------------------------------------- code
