@@ -76,10 +76,6 @@ def statements(path):
         yield name.removeprefix("prf:"), options.get("label", "")
 
 
-# What leads to the cell of a correction that no chapter shows.
-FIX = re.compile(r"^\((fix-[\w-]+)\)=$", re.M)
-
-
 def labels_in_tags(path, prefix):
     return [
         tag.removeprefix(prefix)
@@ -87,6 +83,10 @@ def labels_in_tags(path, prefix):
         for tag in tags(cell)
         if tag.startswith(prefix)
     ]
+
+
+# What leads to the cell of a correction that no chapter shows.
+FIX = re.compile(r"^\((fix-[\w-]+)\)=$", re.M)
 
 
 def listed_files():
@@ -610,57 +610,6 @@ def test_every_figure_has_alt_text_caption_and_name(chapter):
         assert said, f"{id_}: the prose does not mention {reference}"
 
 
-# ------------------------------------------------------------- look-ups
-
-
-def sections(found):
-    """Yield (heading, markdown, code) of each ``##`` section."""
-    heading, text, source = None, "", ""
-    for _, body, cell in found:
-        if cell["cell_type"] == "code":
-            source += f"{body}\n"
-            continue
-        before, *rest = re.split(r"^## (.*)$", body, flags=re.M)
-        text += before
-        for name, after in zip(rest[::2], rest[1::2], strict=True):
-            if heading:
-                yield heading, text, source
-            heading, text, source = name, after, ""
-    yield heading, text, source
-
-
-def unproved(found):
-    """Yield the sections that no code backs, or that lead to no chapter."""
-    for heading, text, source in sections(found):
-        backed = re.search(r"^ *(assert|agree)\b", source, re.M)
-        if not backed or not re.search(r"\{doc\}`\d\d_\w+`", text):
-            yield heading
-
-
-@pytest.mark.parametrize("page", ["which_call", "symptoms"])
-def test_every_row_is_run_and_leads_to_a_chapter(page):
-    found = list(cells(ROOT / "chapters" / f"{page}.ipynb"))
-    assert list(unproved(found)) == []
-    # The table on top has a row for each section, and no other.
-    rows = re.findall(r"\(#([\w-]+)\) *\|", found[0][1])
-    names = [heading for heading, _, _ in sections(found)]
-    anchors = [re.sub(r"\W+", "-", n.lower()).strip("-") for n in names]
-    assert rows == anchors
-
-
-def test_the_guard_of_rows_works():
-    good = [markdown("## A\n\n{doc}`06_stability`"), code("assert x")]
-    assert list(unproved(good)) == []
-    bad = [
-        markdown("# T\n\n## A\n\n{doc}`06_stability`"),
-        code("print(x)"),
-        markdown("b\n\n## B\n\n{doc}`notation`"),
-        code("assert x"),
-        *good,
-    ]
-    assert list(unproved(bad)) == ["A", "B"]
-
-
 # --------------------------------------------------------- corrections
 
 CORRECTIONS = ROOT / "chapters" / "corrections.ipynb"
@@ -754,6 +703,57 @@ def test_the_guard_of_stray_cells_works():
         [row, anchor, good, good],
     ):
         assert len(list(stray(bad))) == 1
+
+
+# ------------------------------------------------------------- look-ups
+
+
+def sections(found):
+    """Yield (heading, markdown, code) of each ``##`` section."""
+    heading, text, source = None, "", ""
+    for _, body, cell in found:
+        if cell["cell_type"] == "code":
+            source += f"{body}\n"
+            continue
+        before, *rest = re.split(r"^## (.*)$", body, flags=re.M)
+        text += before
+        for name, after in zip(rest[::2], rest[1::2], strict=True):
+            if heading:
+                yield heading, text, source
+            heading, text, source = name, after, ""
+    yield heading, text, source
+
+
+def unproved(found):
+    """Yield the sections that no code backs, or that lead to no chapter."""
+    for heading, text, source in sections(found):
+        backed = re.search(r"^ *(assert|agree)\b", source, re.M)
+        if not backed or not re.search(r"\{doc\}`\d\d_\w+`", text):
+            yield heading
+
+
+@pytest.mark.parametrize("page", ["which_call", "symptoms"])
+def test_every_row_is_run_and_leads_to_a_chapter(page):
+    found = list(cells(ROOT / "chapters" / f"{page}.ipynb"))
+    assert list(unproved(found)) == []
+    # The table on top has a row for each section, and no other.
+    rows = re.findall(r"\(#([\w-]+)\) *\|", found[0][1])
+    names = [heading for heading, _, _ in sections(found)]
+    anchors = [re.sub(r"\W+", "-", n.lower()).strip("-") for n in names]
+    assert rows == anchors
+
+
+def test_the_guard_of_rows_works():
+    good = [markdown("## A\n\n{doc}`06_stability`"), code("assert x")]
+    assert list(unproved(good)) == []
+    bad = [
+        markdown("# T\n\n## A\n\n{doc}`06_stability`"),
+        code("print(x)"),
+        markdown("b\n\n## B\n\n{doc}`notation`"),
+        code("assert x"),
+        *good,
+    ]
+    assert list(unproved(bad)) == ["A", "B"]
 
 
 # -------------------------------------------------------------------- code
