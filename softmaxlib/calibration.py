@@ -37,6 +37,8 @@ class ReliabilityCurve(NamedTuple):
         >>> p = torch.tensor([[0.9, 0.1], [0.4, 0.6]])
         >>> reliability_curve(p, torch.tensor([0, 0]), bins=2).counts
         tensor([0, 2])
+
+    Drawn in the chapter *Calibration*.
     """
 
     confidence: Tensor
@@ -82,11 +84,11 @@ def reliability_curve(
         A :class:`ReliabilityCurve`, in the dtype of ``input``.
 
         A bin holds its right edge and not its left one; the first bin holds
-        both, so that confidence 0 is in the first and confidence 1 in the
-        last. An edge k / bins is rounded to the dtype of ``input``: 0.3 is
-        three tenths in every format. Samples of equal confidence are never
-        parted: with ties the bins of ``"quantile"`` have unequal counts,
-        and some may be empty.
+        both, so that of equal widths the first has confidence 0 and the last
+        has confidence 1. An edge k / bins is rounded to the dtype of
+        ``input``: 0.3 is three tenths in every format. Samples of equal
+        confidence are never parted: with ties the bins of ``"quantile"``
+        have unequal counts, and some may be empty.
 
     Raises:
         TypeError: ``input`` or ``target`` is not a tensor, an option not an
@@ -353,7 +355,10 @@ def _zero(newton: Callable[[float], tuple[float, float]]) -> float:
         last, step = step, T * change
         if math.isinf(high - low):
             step = math.copysign(2 * last, -slope)
-        elif not low < at + step < high or abs(step) > abs(last) / 2:
+        elif (
+            not low <= at + step <= high
+            or not 0 < abs(step) < abs(last) / 2
+        ):
             step = (low + high) / 2 - at
         at += step
     return T
