@@ -222,7 +222,7 @@ def scaling_forgets_its_temperature(patch):
 
 
 @saboteur(CHAPTER)
-def fit_does_nothing(patch):
+def temperature_stays_as_it_was(patch):
     """Returns the layer as it was."""
     replace(patch, "TemperatureScaling.fit", lambda self, *args: self)
 
