@@ -342,8 +342,9 @@ def _zero(newton: Callable[[float], tuple[float, float]]) -> float:
     """The T of slope zero; `newton` gives slope and Newton step in 1 / T.
 
     In log(1 / T), from T = 1 outwards until the zero is between two points,
-    then Newton steps, or halves of the bracket where such a step would leave
-    it or is more than half of the one before.
+    then Newton steps, or halves of the bracket where such a step is more
+    than half of the one before. The bracket is never narrower than the last
+    step was long, so that no step leaves it.
     """
     low, high, at, step = -math.inf, math.inf, 0.0, 0.5
     for _ in range(200):
@@ -355,10 +356,7 @@ def _zero(newton: Callable[[float], tuple[float, float]]) -> float:
         last, step = step, T * change
         if math.isinf(high - low):
             step = math.copysign(2 * last, -slope)
-        elif (
-            not low <= at + step <= high
-            or not 0 < abs(step) < abs(last) / 2
-        ):
+        elif not 0 < abs(step) < abs(last) / 2:
             step = (low + high) / 2 - at
         at += step
     return T

@@ -165,6 +165,9 @@ def test_bins_of_equal_mass(n, bins):
     # Of n samples n - 1 lie above the least; the first bin has both ends.
     assert curve.counts.max() - curve.counts.min() <= 2
     assert curve.counts.min() >= (n - 1) // bins
+    quantiles = np.quantile(p[:, 1], np.linspace(0, 1, bins + 1))
+    # Mixed of two numbers below 1, in whichever way.
+    np.testing.assert_allclose(curve.edges, quantiles, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -403,6 +406,7 @@ HARD = [
     ([[1e4, 0.0], [1.0, 0.0], [1.0, 0.0]], [0, 0, 1]),
     ([[700.0, 0.0, 1.0]] * 5, [0, 0, 0, 0, 2]),
     ([[1e100, 0.0]] * 3, [0, 0, 1]),
+    ([[1e200, 0.0]] * 3, [0, 0, 1]),
     ([[1e-100, 0.0]] * 3, [0, 0, 1]),
     ([[2.0, 1.0, -inf], [1.0, 2.0, 0.0]], [0, 0]),
     ([[1.0, 0.9, -50.0], [0.0, 3.0, 3.0]], [1, 1]),
