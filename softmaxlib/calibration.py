@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from softmaxlib import _blocks, _check
-from softmaxlib.functional import log_softmax, softmax
+from softmaxlib.functional import log_softmax
 
 __all__ = [
     "ReliabilityCurve",
@@ -280,18 +280,19 @@ class TemperatureScaling(nn.Module):
         """
         name = f"{type(self).__name__}.fit"
         z, y = _samples(name, input, target, self.dim)
-        z = _blocks.widen(z)
-        gaps = z - z.gather(1, y.unsqueeze(1))
-        gaps.masked_fill_(z == -math.inf, 0)
+        z, possible = _blocks.widen(z), z > -math.inf
+        gaps = (z - z.gather(1, y.unsqueeze(1))).masked_fill_(~possible, 0)
+        down = z - z.amax(1, keepdim=True)
 
         def newton(T: float) -> tuple[float, float]:
-            p = softmax(z, 1, temperature=T)
+            p = torch.softmax(down / T, 1)
             mean = (p * gaps).sum(1, keepdim=True)
-            spread = (p * (gaps - mean).square()).sum(1)
+            spread = (gaps - mean).square_().mul_(p).sum(1)
             slope = mean.mean()
             return float(slope), float(-slope / spread.mean())
 
-        cold, hot = newton(0.0)[0], newton(math.inf)[0]
+        cold = float(gaps.amax(1).mean())
+        hot = float((gaps.sum(1) / possible.sum(1)).mean())
         _check.finite_loss(name, cold + hot)
         limit = 0.0 if hot < 0 else math.inf if cold > 0 else 1.0
         self.temperature = _zero(newton) if hot < 0 < cold else limit
@@ -348,7 +349,7 @@ def _zero(newton: Callable[[float], tuple[float, float]]) -> float:
     """
     low, high, at, step = -math.inf, math.inf, 0.0, 0.5
     for _ in range(200):
-        T = math.exp(min(-at, 709.0))  # the largest whole power of e
+        T = math.exp(min(max(-at, -709.0), 709.0))  # all but 0 and inf
         slope, change = newton(T)
         if slope == 0 or abs(step) <= 1e-13:
             break
