@@ -57,12 +57,6 @@ def hvp_over_the_last_dimension(patch):
 
 
 @saboteur(CHAPTER)
-def jvp_over_the_last_dimension(patch):
-    """The product with the Jacobian takes no notice of `dim`."""
-    _fix(patch, ("softmax_jvp",), dim=-1)
-
-
-@saboteur(CHAPTER)
 def soft_loss_over_the_last_dimension(patch):
     """The loss of distributions takes no notice of `dim`."""
     _fix(patch, ("soft_cross_entropy",), dim=-1)
@@ -123,19 +117,6 @@ def reads_memory_in_its_own_order(patch):
 
 
 @saboteur(CHAPTER)
-def works_in_the_input(patch):
-    """Shifts the logits in place, to save a copy."""
-    known = right("softmax")
-
-    def wrong(x, mask, dim, temperature, out):
-        known(x, mask, dim, temperature, out)
-        if x.numel() and x.data_ptr() != out.data_ptr():
-            x.sub_(x.amax(dim, keepdim=True))
-
-    kernel(patch, "softmax", wrong)
-
-
-@saboteur(CHAPTER)
 def out_is_written_but_not_returned(patch):
     """Returns a copy of what it wrote to `out`."""
     _spoil(patch, VALUES, torch.clone)
@@ -177,21 +158,6 @@ def rows_rounded_before_they_are_added(patch):
         out.copy_(out.to(x.dtype))
 
     kernel(patch, "loss", wrong)
-
-
-@saboteur(CHAPTER)
-def converts_after_computing(patch):
-    """Applies `dtype` to the result instead of to the input."""
-    for name in VALUES:
-        known = getattr(softmaxlib, name)
-
-        def wrong(input, *others, dtype=None, known=known, **options):
-            if dtype is None or not input.is_floating_point():
-                options["dtype"] = dtype
-                return known(input, *others, **options)
-            return known(input, *others, **options).to(dtype)
-
-        replace(patch, name, wrong)
 
 
 @saboteur(CHAPTER)
@@ -286,20 +252,6 @@ def loss_ignores_minus_100_only(patch):
 
 
 @saboteur(CHAPTER)
-def ignored_rows_count_in_the_mean(patch):
-    """Divides by the number of all rows."""
-    known = softmaxlib.cross_entropy
-
-    def wrong(input, target, *, reduction="mean", **options):
-        if reduction != "mean" or target.is_floating_point():
-            return known(input, target, reduction=reduction, **options)
-        total = known(input, target, reduction="sum", **options)
-        return total / target.numel()
-
-    replace(patch, "cross_entropy", wrong)
-
-
-@saboteur(CHAPTER)
 def probabilities_are_normalised(patch):
     """Divides class probabilities by their sum."""
 
@@ -332,12 +284,6 @@ def targets_are_not_looked_at(patch):
 
 
 @saboteur(CHAPTER)
-def draws_without_the_generator(patch):
-    """Draws from PyTorch's own generator, whichever is given."""
-    _fix(patch, DRAWS, generator=None)
-
-
-@saboteur(CHAPTER)
 def draws_without_the_mask(patch):
     """Draws take no notice of the mask."""
     _fix(patch, DRAWS, mask=None)
@@ -347,46 +293,6 @@ def draws_without_the_mask(patch):
 def draws_at_temperature_one(patch):
     """Draws take no notice of the temperature."""
     _fix(patch, DRAWS, temperature=1.0)
-
-
-@saboteur(CHAPTER)
-def draws_sorted(patch):
-    """Returns the draws of a row in ascending order."""
-    for name in DRAWS:
-        known = getattr(softmaxlib, name)
-
-        def wrong(input, count, dim=-1, known=known, **options):
-            return known(input, count, dim, **options).sort(dim).values
-
-        replace(patch, name, wrong)
-
-
-@saboteur(CHAPTER)
-def same_noise_in_all_rows(patch):
-    """Draws for the first row, and uses its random numbers for all."""
-    for name in DRAWS:
-        known = getattr(softmaxlib, name)
-
-        def wrong(input, count, dim=-1, known=known, **options):
-            x, mask = input, options.pop("mask", None)
-            if x.ndim < 2 or 0 in x.shape or count == 0:
-                return known(x, count, dim, mask=mask, **options)
-            if mask is not None:
-                x = x.masked_fill(~mask, -torch.inf)
-            x = x.movedim(dim, -1)
-            rows = x.reshape(-1, x.shape[-1])
-            generator = options.pop("generator", None)
-            generator = generator or torch.default_generator
-            before = generator.get_state()
-            index = []
-            for row in rows.split(1):
-                generator.set_state(before)
-                draws = known(row, count, 1, generator=generator, **options)
-                index.append(draws)
-            index = torch.cat(index).view(*x.shape[:-1], count)
-            return index.movedim(-1, dim).contiguous()
-
-        replace(patch, name, wrong)
 
 
 @saboteur(CHAPTER)
@@ -438,20 +344,6 @@ def weight_hessian_in_one_layout(patch):
             given["weight"] = given["weight"].mT
 
     _let(patch, "weight_hessian", change)
-
-
-@saboteur(CHAPTER)
-def fit_starts_afresh(patch):
-    """A fit throws the parameters away."""
-    known = softmaxlib.SoftmaxRegression.fit
-
-    def wrong(self, *arguments, **options):
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.zero_()
-        return known(self, *arguments, **options)
-
-    replace(patch, "SoftmaxRegression.fit", wrong)
 
 
 @saboteur(CHAPTER)
