@@ -76,6 +76,11 @@ def statements(path):
         yield name.removeprefix("prf:"), options.get("label", "")
 
 
+def promised(path):
+    """Yield the labels of the sentences that promise something."""
+    yield from re.findall(r"^\((prm-[\w-]+)\)=$", prose(path), re.M)
+
+
 def labels_in_tags(path, prefix):
     return [
         tag.removeprefix(prefix)
@@ -452,6 +457,7 @@ def test_every_statement_is_labelled(chapter):
 @each_notebook
 def test_every_theorem_is_checked(chapter):
     wanted = {lb for kind, lb in statements(chapter) if kind in STATEMENTS}
+    wanted |= set(promised(chapter))
     checked = set(labels_in_tags(chapter, "checks:"))
     assert wanted - checked == set(), "theorems without a `checks:` cell"
     assert checked - wanted == set(), "`checks:` tags without a theorem"
