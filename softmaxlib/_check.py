@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-_SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SUPPORTED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FORMATS = "float16, bfloat16, float32 or float64"
 
 
@@ -100,6 +100,8 @@ def choice(function: str, name: str, value: Any, *allowed: str) -> None:
 
 def dimension(function: str, dim: Any, ndim: int) -> int:
     """`dim` as a non-negative index; a 0-d tensor counts as 1-d."""
+    if type(dim) is int and 0 <= dim < ndim:
+        return dim
     dim, size = integer(function, "dim", dim), max(ndim, 1)
     if not -size <= dim < size:
         must = f"in [{-size}, {size - 1}] for a {ndim}-d input"
