@@ -260,15 +260,20 @@ def class_weight(function: str, value: Any, x: Tensor, dim: int) -> Tensor:
 
 
 def class_indices(
-    function: str, target: Tensor, x: Tensor, dim: int
+    function: str, target: Tensor, x: Tensor, dim: int, soft: bool = True
 ) -> Tensor:
-    """Class indices as int64, of the shape of `x` without `dim`."""
+    """Class indices as int64, of the shape of `x` without `dim`.
+
+    They might have been probabilities where `soft`.
+    """
     what, shape = (
         f"{function}(): target",
         (*x.shape[:dim], *x.shape[dim + 1 :]),
     )
-    if target.dtype == torch.bool or target.dtype.is_complex:
-        must = "class indices, of an integer dtype, or probabilities"
+    kind = target.dtype
+    if kind == torch.bool or kind.is_complex or kind.is_floating_point:
+        must = "class indices, of an integer dtype"
+        must += ", or probabilities" if soft else ""
         _refuse(RuntimeError, what, must, target.dtype)
     if target.shape[:1] != x.shape[: min(dim, 1)]:
         # PyTorch looks at the batch size first.
@@ -306,6 +311,29 @@ def probabilities(
         must = "negative beside probabilities"
         _refuse(RuntimeError, what_else, must, ignore_index)
     return _together(what, target, x)
+
+
+def shares(function: str, p: Tensor) -> None:
+    """Probabilities, each in [0, 1]; rows need not sum to one."""
+    if p.numel():
+        low, high = (bound.item() for bound in p.aminmax())
+        if not (low >= 0 and high <= 1):  # nor NaN
+            hint = low if not low >= 0 else high
+            must = (
+                "probabilities in [0, 1], such as softmax makes of logits"
+            )
+            _refuse(ValueError, f"{function}(): input", must, hint)
+
+
+def finite_loss(function: str, value: float) -> None:
+    """What is summed over all samples has a finite value."""
+    if not math.isfinite(value):
+        must = (
+            "one sample or more, of finite logits; -inf for a class that "
+        )
+        must += "is not the target"
+        hint = f"a loss whose slope is {value}"
+        _refuse(ValueError, f"{function}(): input", must, hint)
 
 
 def samples(function: str, value: Any) -> Tensor:

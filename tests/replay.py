@@ -42,6 +42,11 @@ class Cell:
         """Whether it is tagged as the check of a statement."""
         return any(label.startswith("checks:") for label in self.labels)
 
+    @property
+    def promises(self) -> bool:
+        """Whether it checks what the library promises, not a statement."""
+        return any(label.startswith("checks:prm-") for label in self.labels)
+
 
 @dataclasses.dataclass
 class Outcome:

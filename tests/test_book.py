@@ -76,6 +76,11 @@ def statements(path):
         yield name.removeprefix("prf:"), options.get("label", "")
 
 
+def promised(path):
+    """Yield the labels of the sentences that promise something."""
+    yield from re.findall(r"^\((prm-[\w-]+)\)=$", prose(path), re.M)
+
+
 def labels_in_tags(path, prefix):
     return [
         tag.removeprefix(prefix)
@@ -505,6 +510,7 @@ def test_every_statement_is_labelled(chapter):
 @each_notebook
 def test_every_theorem_is_checked(chapter):
     wanted = {lb for kind, lb in statements(chapter) if kind in STATEMENTS}
+    wanted |= set(promised(chapter))
     checked = set(labels_in_tags(chapter, "checks:"))
     assert wanted - checked == set(), "theorems without a `checks:` cell"
     assert checked - wanted == set(), "`checks:` tags without a theorem"
@@ -754,6 +760,30 @@ def test_the_guard_of_rows_works():
         *good,
     ]
     assert list(unproved(bad)) == ["A", "B"]
+
+
+def unlinked(text):
+    """Yield the questions whose folded answer leads nowhere."""
+    for part in re.split(r"^\*\*(?=\d+\. )", text, flags=re.M)[1:]:
+        question, _, answer = part.partition("**")
+        folded = ":class: dropdown" in answer
+        if not folded or not re.search(r"\{(?:prf:ref|doc)\}`", answer):
+            yield question
+
+
+def test_every_answer_is_folded_and_leads_to_its_proof():
+    text = text_of("chapters/interview")
+    assert list(unlinked(text)) == []
+    numbers = [int(n) for n in re.findall(r"^\*\*(\d+)\. ", text, re.M)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert len(numbers) >= 44
+
+
+def test_the_guard_of_answers_works():
+    answer = ":::{admonition} Answer\n:class: dropdown\nYes. See %s.\n:::"
+    good = f"**1. Why?**\n\n{answer % '{doc}`notation`'}\n"
+    bad = f"**2. Who?**\n\n{answer % 'there'}\n\n**3. Where?**\n\nHere.\n"
+    assert list(unlinked(good + bad)) == ["2. Who?", "3. Where?"]
 
 
 # -------------------------------------------------------------------- code

@@ -30,6 +30,7 @@ FLOORS = {
     "_kernels": 2,
     "_plain": 2,
     "_autograd": 3,
+    "calibration": 5,
     "derivatives": 4,
     "functional": 4,
     "loss": 4,
@@ -41,7 +42,7 @@ FLOORS = {
 # These import the library, never the reverse, and may need other packages.
 ASIDE = {"plotting", "testing"}
 
-TOTAL, MODULE, FUNCTION = 1900, 330, 45
+TOTAL, MODULE, FUNCTION = 2600, 330, 45
 
 # It alone may touch what PyTorch keeps to itself.
 DISPATCHER = "_autograd"
