@@ -11,6 +11,7 @@ from softmaxlib import (
     modules,
     regression,
     sampling,
+    training,
 )
 from softmaxlib.derivatives import *
 from softmaxlib.functional import *
@@ -18,6 +19,7 @@ from softmaxlib.loss import *
 from softmaxlib.modules import *
 from softmaxlib.regression import *
 from softmaxlib.sampling import *
+from softmaxlib.training import *
 
 __all__: list[str] = []
 __all__ += derivatives.__all__
@@ -26,4 +28,5 @@ __all__ += loss.__all__
 __all__ += modules.__all__
 __all__ += regression.__all__
 __all__ += sampling.__all__
+__all__ += training.__all__
 __version__ = "0.1.0"
