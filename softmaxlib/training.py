@@ -296,8 +296,9 @@ class _Fit:
             return False
         step, length = self._newton(), 1.0
         slope = _dot(self.gradient, step)
-        # Near the minimum the objective is flat to within its rounding.
-        slack = 4 * torch.finfo(self.dtype).eps * abs(self.value)
+        # Near the minimum the objective is flat to within its rounding,
+        # that of a logarithm of numbers near 1 if it is small itself.
+        slack = 4 * torch.finfo(self.dtype).eps * (1 + abs(self.value))
         while length > 1e-10:
             theta = self.theta + length * step
             log_p, value = self._evaluate(theta)
@@ -366,7 +367,7 @@ class _Fit:
         if size > max(len(x), _SMALL):
             diagonal = w.mT @ x.square() + self.penalty
             diagonal += ridge * diagonal.amax()
-            return lambda r: r / diagonal
+            return lambda r: self._centred(r, lambda v: v / diagonal)
         blocks = torch.stack([(x * v.unsqueeze(1)).mT @ x for v in w.mT])
         blocks.diagonal(0, 1, 2).add_(self.penalty)
         if small:  # all of it
@@ -376,9 +377,24 @@ class _Fit:
         diagonal = blocks.diagonal(0, 1, 2)
         diagonal.add_(ridge * diagonal.amax())
         factor, shape = torch.linalg.cholesky_ex(blocks)[0], len(blocks)
-        return lambda r: torch.cholesky_solve(
-            r.reshape(shape, -1, 1), factor
-        ).view_as(r)
+
+        def solve(r: Tensor) -> Tensor:
+            columns = r.reshape(shape, -1, 1)
+            return torch.cholesky_solve(columns, factor).view_as(r)
+
+        return solve if small else lambda r: self._centred(r, solve)
+
+    def _centred(
+        self, r: Tensor, solve: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Solve roughly, but exactly along what softmax cannot see.
+
+        There, for one vector added to all rows, only the penalty counts.
+        """
+        mean = r.mean(0, keepdim=True)
+        v = solve(r - mean)
+        blind = torch.where(self.penalty > 0, mean / self.penalty, 0)
+        return v - v.mean(0, keepdim=True) + blind
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

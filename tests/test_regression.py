@@ -608,6 +608,28 @@ def test_every_preconditioner_finds_the_minimum(
         assert g.abs().max() < 1e-9
 
 
+@pytest.mark.parametrize("small", [0, 64])
+@pytest.mark.parametrize("penalty", [0.0, 0.01])
+def test_a_common_vector_of_the_rows_is_left_to_the_penalty(
+    monkeypatch, small, penalty
+):
+    monkeypatch.setattr(training, "_SMALL", small)
+    x, target = noisy()
+    model = model_of(x, penalty=penalty)
+    with torch.no_grad():
+        model.weight.copy_(randn(3, D, seed=5) + 3)
+    start = model.weight.sum(0)
+    # What is left is at most K tolerances, over the penalty.
+    model.fit(x, target, tolerance=1e-12)
+    assert model.converged
+    if penalty:
+        assert model.weight.sum(0).abs().max() < 3e-10
+    else:
+        # The whole Hessian has no part along it: its ridge leaves noise.
+        bound = 1e-6 if small else 1e-12
+        assert (model.weight.sum(0) - start).abs().max() < bound
+
+
 def test_a_second_fit_goes_on_where_the_first_stopped():
     x, target = noisy()
     whole = model_of(x, penalty=0.01).fit(x, target)
