@@ -408,6 +408,8 @@ def _bar(name: str, steps: range) -> Any:
     try:
         tqdm = importlib.import_module("tqdm")
     except ImportError as error:
-        hint = "progress=True needs the package tqdm: pip install tqdm"
+        hint = (
+            "progress=True needs the package tqdm, which is not installed"
+        )
         raise ImportError(f"{name}(): {hint}") from error
     return tqdm.tqdm(steps, desc=name, unit="step")

@@ -742,7 +742,7 @@ def test_progress_without_tqdm(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     x, target = noisy()
     model = model_of(x)
-    with pytest.raises(ImportError, match=r"progress.*pip install tqdm"):
+    with pytest.raises(ImportError, match=r"progress.*the package tqdm"):
         model.fit(x, target, progress=True)
     assert not model.weight.any()
 
