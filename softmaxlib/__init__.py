@@ -12,6 +12,7 @@ from softmaxlib import (
     modules,
     regression,
     sampling,
+    training,
 )
 from softmaxlib.calibration import *
 from softmaxlib.derivatives import *
@@ -20,6 +21,7 @@ from softmaxlib.loss import *
 from softmaxlib.modules import *
 from softmaxlib.regression import *
 from softmaxlib.sampling import *
+from softmaxlib.training import *
 
 __all__: list[str] = []
 __all__ += calibration.__all__
@@ -29,4 +31,5 @@ __all__ += loss.__all__
 __all__ += modules.__all__
 __all__ += regression.__all__
 __all__ += sampling.__all__
+__all__ += training.__all__
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Softmax regression: the derivatives in the weights, and a model.
+"""Softmax regression: the derivatives in the weights.
 
 For logits z = W x + b of a sample x, the gradient of the cross-entropy is
 (p - y) x^T and its Hessian J kron x x^T, with the Jacobian J of softmax.
@@ -6,7 +6,6 @@ Nothing else needs to be stored, and a batch goes by in blocks of samples.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -15,10 +14,8 @@ from torch import Tensor, nn
 
 from softmaxlib import _autograd, _blocks, _check, _kernels
 from softmaxlib.functional import log_softmax, softmax
-from softmaxlib.loss import cross_entropy
 
 __all__ = [
-    "SoftmaxRegression",
     "weight_gradient",
     "weight_hessian",
     "weight_hvp",
@@ -245,185 +242,6 @@ def weight_hessian(
     total = total.view(*weight.shape, *weight.shape)
     total.diagonal(0, *((0, 2) if layout == "kd" else (1, 3))).copy_(blocks)
     return (total.view(size, size) * model.scale).to(x.dtype)
-
-
-class SoftmaxRegression(nn.Module):
-    r"""Multinomial logistic regression, fitted by Newton's method.
-
-    The model is :math:`\operatorname{softmax}(W x + b)`. :meth:`fit`
-    minimises the mean cross-entropy plus :math:`\frac{\lambda}{2}
-    \|W\|^2`, which for :math:`\lambda > 0` and if every class occurs has
-    one minimiser, up to a constant added to all biases. Each Newton step is
-    solved by conjugate gradients with :func:`weight_hvp`, so that no Hessian
-    is formed, and followed by a backtracking line search.
-
-    Args:
-        in_features: D, the number of features.
-        num_classes: K, the number of classes.
-        bias: whether there is a bias; it is not penalised.
-        penalty: :math:`\lambda`, at least 0. With 0, separable classes have
-            no minimiser, and the weights grow until ``max_iterations``.
-        device, dtype: of the parameters.
-
-    Attributes:
-        weight: shape (K, D); zero before the fit.
-        bias: shape (K), or None; zero before the fit.
-        history: the objective before each step of the last fit, and after.
-        converged: whether the last fit reached its tolerance.
-
-    Raises:
-        ValueError: a size is less than one, or ``penalty`` negative.
-
-    Example:
-        >>> import torch
-        >>> from softmaxlib import SoftmaxRegression
-        >>> x = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]])
-        >>> model = SoftmaxRegression(1, 2, penalty=0.1)
-        >>> model.fit(x, torch.tensor([0, 0, 1, 1])).predict(x)
-        tensor([0, 0, 1, 1])
-
-    Derived in the chapter *Gradients in the weights*. Truncated Newton
-    methods: Nocedal and Wright (2006), *Numerical Optimization*, chapter 7.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        *,
-        bias: bool = True,
-        penalty: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        name = type(self).__name__
-        self.in_features = _check.integer(
-            name, "in_features", in_features, 1
-        )
-        self.num_classes = _check.integer(
-            name, "num_classes", num_classes, 1
-        )
-        self.penalty = _check.number(name, "penalty", penalty)
-        zeros = functools.partial(torch.zeros, device=device, dtype=dtype)
-        self.weight = nn.Parameter(zeros(num_classes, in_features))
-        self.bias = nn.Parameter(zeros(num_classes)) if bias else None
-        self.history: list[float] = []
-        self.converged = False
-
-    def extra_repr(self) -> str:
-        sizes = f"{self.in_features}, {self.num_classes}, bias="
-        return f"{sizes}{self.bias is not None}, penalty={self.penalty}"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The logits of the samples, shape (\\*batch, K)."""
-        return nn.functional.linear(x, self.weight, self.bias)
-
-    def predict_proba(self, x: Tensor) -> Tensor:
-        """The probabilities of the classes, shape (\\*batch, K)."""
-        return softmax(self.forward(x), -1)
-
-    def predict(self, x: Tensor) -> Tensor:
-        """The most probable classes, shape (\\*batch)."""
-        return self.forward(x).argmax(-1)
-
-    @torch.no_grad()
-    def fit(
-        self,
-        x: Tensor,
-        target: Tensor,
-        *,
-        max_iterations: int = 100,
-        tolerance: float | None = None,
-    ) -> "SoftmaxRegression":
-        """Minimise from the present parameters; returns the model.
-
-        Args:
-            x: samples, shape (\\*batch, D).
-            target: as in :func:`weight_gradient`.
-            max_iterations: the largest number of Newton steps.
-            tolerance: of the largest entry of the gradient; by default
-                the square root of the precision of the format, times 1e-2.
-        """
-        if tolerance is None:
-            tolerance = 1e-2 * torch.finfo(self.weight.dtype).eps ** 0.5
-        # The gradient comes first, as it checks the arguments.
-        with _autograd.exactly(x):
-            gradient = self._gradient(x, target)
-            self.history = [self._objective(x, target)]
-            for _ in range(max_iterations):
-                if gradient.abs().max() <= tolerance:
-                    break
-                if not self._search(x, target, gradient):
-                    break
-                gradient = self._gradient(x, target)
-        self.converged = bool(gradient.abs().max() <= tolerance)
-        return self
-
-    def _objective(self, x: Tensor, target: Tensor) -> float:
-        z = self.forward(x).reshape(-1, self.num_classes)
-        y = target.reshape(len(z), *target.shape[x.ndim - 1 :])
-        # Not rounded: the search compares small differences.
-        loss = cross_entropy(z, y, dtype=_blocks.work_dtype(z))
-        square = self.weight.square().sum()
-        return float(loss) + self.penalty / 2 * float(square)
-
-    def _gradient(self, x: Tensor, target: Tensor) -> Tensor:
-        part, bias = weight_gradient(x, self.weight, target, self.bias)
-        return _vector(part + self.penalty * self.weight, bias)
-
-    def _hessian_times(self, x: Tensor, vector: Tensor) -> Tensor:
-        direction, rest = vector.split(
-            [self.weight.numel(), len(vector) - self.weight.numel()]
-        )
-        v = direction.view_as(self.weight)
-        v_bias = None if self.bias is None else rest
-        part, bias = weight_hvp(
-            x, self.weight, v, self.bias, bias_direction=v_bias
-        )
-        return _vector(part + self.penalty * v, bias)
-
-    def _newton_step(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """Solve Hessian step = -gradient, roughly while far away."""
-        step, residual = torch.zeros_like(gradient), -gradient
-        direction, square = residual, residual.dot(residual)
-        goal = min(0.25, float(square) ** 0.25) ** 2 * square
-        for _ in range(2 * gradient.numel()):
-            product = self._hessian_times(x, direction)
-            curvature = direction.dot(product)
-            if not curvature > torch.finfo(product.dtype).eps * square:
-                break
-            length = square / curvature
-            step = step + length * direction
-            residual = residual - length * product
-            previous, square = square, residual.dot(residual)
-            if square <= goal:
-                break
-            direction = residual + square / previous * direction
-        # Flat in the very first direction: then downhill will do.
-        return step if step.any() else -gradient
-
-    def _search(self, x: Tensor, target: Tensor, gradient: Tensor) -> bool:
-        """Halve a Newton step until the objective falls as it should."""
-        step, last = self._newton_step(x, gradient), self.history[-1]
-        slope, length = float(gradient.dot(step)), 1.0
-        # Near the minimum the objective is flat to within its rounding.
-        slack = torch.finfo(step.dtype).eps * abs(last)
-        start = nn.utils.parameters_to_vector(self.parameters())
-        while length > 1e-10:
-            there = start + length * step
-            nn.utils.vector_to_parameters(there, self.parameters())
-            value = self._objective(x, target)
-            if value <= last + 1e-4 * length * slope + slack:
-                self.history.append(value)
-                return True
-            length /= 2
-        nn.utils.vector_to_parameters(start, self.parameters())
-        return False
-
-
-def _vector(*parts: Tensor | None) -> Tensor:
-    return torch.cat([p.flatten() for p in parts if p is not None])
 
 
 @dataclasses.dataclass
