@@ -738,6 +738,15 @@ def test_progress_is_shown_when_asked_for(monkeypatch):
     assert value.item() == pytest.approx(quiet[3], rel=1e-14)
 
 
+def test_the_bar_counts_the_steps(capsys):
+    x, target = noisy()
+    model = model_of(x, penalty=0.01).fit(x, target, progress=True)
+    seen = capsys.readouterr().err
+    steps = len(model.history) - 1
+    assert f"{steps}/" in seen and "step" in seen
+    assert capsys.readouterr().out == ""
+
+
 def test_progress_without_tqdm(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     x, target = noisy()
