@@ -49,8 +49,15 @@ def mathml(tex: str, *, display: bool) -> str:
 # --------------------------------------------------- where a line may break
 
 TOKEN = re.compile(r"\\[a-zA-Z]+\s*|\\.|.", re.DOTALL)
-OPENING = {"{", "(", "[", r"\{", r"\left", r"\begin", r"\lVert", r"\lvert"}
-CLOSING = {"}", ")", "]", r"\}", r"\right", r"\end", r"\rVert", r"\rvert"}
+BRACKETS = {"(": 1, "[": 1, r"\{": 1, ")": -1, "]": -1, r"\}": -1}
+GROUPS = {"{": 1, r"\left": 1, r"\begin": 1, r"\lVert": 1, r"\lvert": 1}
+GROUPS |= {
+    "}": -1,
+    r"\right": -1,
+    r"\end": -1,
+    r"\rVert": -1,
+    r"\rvert": -1,
+}
 RELATIONS = {"=", "<", ">", r"\le", r"\ge", r"\ne", r"\neq", r"\in"}
 RELATIONS |= {r"\to", r"\approx", r"\iff", r"\propto", r"\sim", r"\equiv"}
 RELATIONS |= {r"\notin", r"\mapsto", r"\subseteq", r"\preceq"}
@@ -63,16 +70,21 @@ def width(made: str) -> int:
     return len(re.sub(r"<[^>]*>|\s", "", made))
 
 
-def pieces(tex: str, behind: set[str], listed: bool) -> list[str]:
-    """Split a formula behind signs that stand outside of brackets."""
-    found, start, depth, before = [], 0, 0, ""
+def pieces(tex: str, behind: set[str], brackets: int = 0) -> list[str]:
+    """Split a formula behind signs in at most so many brackets."""
+    found, start, groups, depth, before = [], 0, 0, 0, ""
     for match in TOKEN.finditer(tex):
         token = match[0].strip()
-        depth += (token in OPENING) - (token in CLOSING)
-        comma = listed and token == "," and tex[match.end() :][:1].isspace()
+        groups += GROUPS.get(token, 0)
+        depth += BRACKETS.get(token, 0)
         # A sign behind another one, or in front, has no left side.
-        binary = before and before not in RELATIONS | OPERATORS
-        if depth == 0 and binary and (token in behind or comma):
+        ends = before and before not in RELATIONS | OPERATORS
+        ends = (
+            ends and token in behind and groups == 0 and depth <= brackets
+        )
+        if token == ",":  # of a list, not of a large number
+            ends = ends and tex[match.end() :][:1].isspace()
+        if ends:
             # With nothing behind it, the sign would lose its space.
             found.append(tex[start : match.end()] + "{}")
             start = match.end()
@@ -80,23 +92,32 @@ def pieces(tex: str, behind: set[str], listed: bool) -> list[str]:
     return [p for p in (*found, tex[start:]) if p.strip()]
 
 
+# How a formula is split, each way for the parts that are still too long.
+WAYS = (
+    (RELATIONS | {","}, 0, LONG),
+    (OPERATORS, 0, LONG),
+    (OPERATORS | RELATIONS | {","}, 1, 2 * LONG),
+)
+
+
 def inline(tex: str) -> list[str]:
     """Return the parts of a formula in a line, between which it breaks."""
-    whole = mathml(tex, display=False)
-    if width(whole) <= LONG:
-        return [whole]
-    try:
-        made = []
-        for part in pieces(tex, RELATIONS, listed=True):
-            drawn = mathml(part, display=False)
-            if width(drawn) <= LONG:
-                made.append(drawn)
-            else:
-                terms = pieces(part, OPERATORS, listed=False)
-                made += [mathml(term, display=False) for term in terms]
-    except LatexError:  # a delimiter that closes in another part
-        return [whole]
-    return made
+    parts = [(tex, mathml(tex, display=False))]
+    for behind, brackets, longest in WAYS:
+        split = []
+        for part, made in parts:
+            if width(made) <= longest:
+                split.append((part, made))
+                continue
+            try:
+                split += [
+                    (p, mathml(p, display=False))
+                    for p in pieces(part, behind, brackets)
+                ]
+            except LatexError:  # a delimiter that closes in another part
+                split.append((part, made))
+        parts = split
+    return [made for _, made in parts]
 
 
 class HoldPunctuation(SphinxPostTransform):

@@ -184,11 +184,8 @@ def join_sheets(static: Path, pages: dict[Path, str]) -> None:
 # ------------------------------------------------------------------- pages
 
 ICON_SCRIPT = re.compile(
-    r'\s*<script src="[^"]*fontawesome\.js[^"]*"></script>'
-)
-# The inline scripts behind this one use what it declares.
-SCRIPT = re.compile(
-    r'<script (?!defer)(src="[^"]*_static/(?!documentation_options)[^"]*")'
+    r'<script (?!defer)(src="(?:[^"]*_static/(?!documentation_options)[^"]*'
+    r'|[^"]*searchindex\.js[^"]*)")'
 )
 ICON = re.compile(r'<i class="(?=[^"]*\bfa[bsr]?[ -])(?![^>]*aria-hidden)')
 # What stands outside of all landmarks is skipped by those who walk by them.

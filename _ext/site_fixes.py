@@ -3,6 +3,9 @@
 * Ids that the extensions write more than once are removed, a deprecated ARIA
   role is replaced, and labels that hide the visible words from speech input
   are dropped, so that the pages are valid and accessible.
+* Statements and exercises have links to themselves, as sections have, and the
+  footer leads to the list of statements and the index of names.
+* Columns of numbers are told from columns of words.
 * A claim that the book refutes (label ``false-...``) and a proof get classes
   of their own, for ``_static/softmax.css``.
 """
@@ -26,11 +29,35 @@ SOLUTION_TITLE = re.compile(r'Solution to(<a class="[^"]*" href="[^"]*">) ')
 CORNER = re.compile(r"<th([^>]*)>(?:<p></p>)?</th>")
 
 
+# The title of a statement or of an exercise.
+BOX = re.compile(
+    r'(<div class="(?:proof|exercise)[^"]*" id="([^"]+)">\s*'
+    r'<p class="admonition-title">.*?)(</p>)',
+    re.DOTALL,
+)
+PERMALINK = (
+    r'\1<a class="headerlink" href="#\2" title="Link to this">#</a>\3'
+)
+
+
+def add_lists(context: dict) -> None:
+    """Let the footer of each page lead to the lists of the book."""
+    pathto = context["pathto"]
+    context["theme_extra_footer"] = (
+        f'<p><a href="{pathto("prf-prf")}">All statements</a>, '
+        f'<a href="{pathto("genindex")}">index of names</a></p>'
+        + context.get("theme_extra_footer", "")
+    )
+
+
 def mend_page(app, pagename, templatename, context, doctree) -> None:
-    """Drop repeated ids and deprecated roles."""
+    """Drop repeated ids and deprecated roles; add links."""
+    if app.builder.name == "html":
+        add_lists(context)
     if "body" in context:
         body = REPEATED_ID.sub("", context["body"])
         body = body.replace('role="doc-biblioentry"', 'role="listitem"')
+        body = BOX.sub(PERMALINK, body)
         body = CORNER.sub(r"<td\1></td>", body)
         body = SOLUTION_TITLE.sub(r"Solution to \1", body)
         body = body.replace(
@@ -57,7 +84,26 @@ def mark_statements(app: Sphinx, doctree: nodes.document) -> None:
             parent.insert(at, nodes.emphasis("", "Proof."))
 
 
+NUMBER = re.compile(
+    r"[-−+±~<≤]?\s*[\d.,]+(e[-+]?\d+)?\s*(%|x|×|ms|µs|us|s)?"
+)
+
+
+def mark_numbers(app: Sphinx, doctree: nodes.document) -> None:
+    """Give the cells of a column that holds numbers only their class."""
+    for table in doctree.findall(nodes.tgroup):
+        rows = [row.children for row in table.findall(nodes.row)]
+        head = sum(len(part) for part in table.findall(nodes.thead))
+        for column in zip(*rows, strict=False):
+            said = [entry.astext().strip() for entry in column[head:]]
+            filled = [s for s in said if s and s != "–"]
+            if filled and all(NUMBER.fullmatch(s) for s in filled):
+                for entry in column:
+                    entry["classes"].append("number")
+
+
 def setup(app: Sphinx) -> dict:
     app.connect("doctree-read", mark_statements)
+    app.connect("doctree-read", mark_numbers)
     app.connect("html-page-context", mend_page, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -61,6 +61,18 @@ def test_a_text_keeps_its_spaces():
             "x = -aaaaaaaa + bbbbbbbb - cccc",
             ["x =", " -aaaaaaaa +", " bbbbbbbb -", " cccc"],
         ),
+        # a very long list breaks inside its brackets
+        (
+            "x = (111.111, 222.222, 333.333, 444.444, 555.555)",
+            [
+                "x =",
+                " (111.111,",
+                " 222.222,",
+                " 333.333,",
+                " 444.444,",
+                " 555.555)",
+            ],
+        ),
         (
             "a_1, a_2, a_3, a_4, a_5, 10,000,000",
             ["a_1,", " a_2,", " a_3,", " a_4,", " a_5,", " 10,000,000"],
