@@ -184,6 +184,10 @@ def join_sheets(static: Path, pages: dict[Path, str]) -> None:
 # ------------------------------------------------------------------- pages
 
 ICON_SCRIPT = re.compile(
+    r'\s*<script src="[^"]*fontawesome\.js[^"]*"></script>'
+)
+# The inline scripts behind documentation_options use what it declares.
+SCRIPT = re.compile(
     r'<script (?!defer)(src="(?:[^"]*_static/(?!documentation_options)[^"]*'
     r'|[^"]*searchindex\.js[^"]*)")'
 )

@@ -7,28 +7,77 @@
 What a result shows of its page is chosen by ``_static/search_snippets.js``.
 """
 
+from collections.abc import Iterator
+from typing import ClassVar
+
 from docutils import nodes
 from site_links import plain
 from sphinx.application import Sphinx
+from sphinx.domains import Domain, ObjType
+
+KINDS = ("theorem", "lemma", "proposition", "corollary", "definition")
+KINDS += (
+    "remark",
+    "example",
+    "algorithm",
+    "conjecture",
+    "axiom",
+    "property",
+)
 
 
-def statements(doctree: nodes.document) -> list[tuple[str, str]]:
-    """Return title and id of each numbered statement."""
+class Statements(Domain):
+    """What the search knows about the statements of the book."""
+
+    name = "statement"
+    label = "Statement"
+    object_types: ClassVar = {kind: ObjType(kind) for kind in KINDS}
+    initial_data: ClassVar = {"found": {}}  # page: [(kind, title, id)]
+
+    def clear_doc(self, docname: str) -> None:
+        self.data["found"].pop(docname, None)
+
+    def merge_domaindata(self, docnames, otherdata) -> None:
+        self.data["found"] |= {
+            name: otherdata["found"].get(name, []) for name in docnames
+        }
+
+    def get_type_name(self, type: ObjType, primary: bool = False) -> str:
+        return type.lname
+
+    def get_objects(self) -> Iterator[tuple]:
+        for docname, found in self.data["found"].items():
+            for kind, title, place in found:
+                # A dot would end the name of a module.
+                name = title.replace(".", "\N{ONE DOT LEADER}")
+                yield name, name, kind, docname, place, 0
+
+
+def is_statement(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Element) and node.get("realtype") in KINDS
+
+
+def collect(app: Sphinx, doctree: nodes.document) -> None:
+    """Note the titled statements of a page."""
     found = []
-    for node in doctree.findall(nodes.Element):
-        title = node.get("title")
-        if node.get("label") and node["ids"] and "realtype" in node:
-            named = f"{node['realtype'].title()}: {title or node['label']}"
-            found.append((plain(named.replace("$", "")), node["ids"][0]))
-    return found
+    for node in doctree.findall(is_statement):
+        title = str(node.get("title") or "").strip().strip("()")
+        if title and node["ids"]:
+            title = plain(title.replace("$", ""))
+            found.append((node["realtype"], title, node["ids"][0]))
+    domain = app.env.get_domain(Statements.name)
+    domain.data["found"][app.env.docname] = found
 
 
 def searched(doctree: nodes.document) -> nodes.document:
     """Return what of a page is searched."""
     copy = doctree.deepcopy()
-    for title in copy.findall(nodes.title):
+    for title in list(copy.findall(nodes.title)):
         for formula in list(title.findall(nodes.math)):
             formula.replace_self(nodes.Text(plain(formula.astext())))
+        if is_statement(title.parent):  # a result as a statement already
+            said = nodes.paragraph("", title.astext())
+            title.replace_self(said)
     unsaid = (nodes.literal_block, nodes.math, nodes.math_block)
     for node in list(copy.findall(lambda n: isinstance(n, unsaid))):
         node.parent.remove(node)
@@ -42,13 +91,12 @@ def improve_index(app: Sphinx) -> None:
 
     def index_page(pagename, doctree, title):
         index(pagename, searched(doctree), title)
-        titles = app.builder.indexer._all_titles.get(pagename)
-        if titles is not None:
-            titles.extend(statements(doctree))
 
     app.builder.index_page = index_page
 
 
 def setup(app: Sphinx) -> dict:
+    app.add_domain(Statements)
+    app.connect("doctree-read", collect)
     app.connect("builder-inited", improve_index)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -128,12 +128,12 @@ def finish(app: Sphinx, exception: Exception | None) -> None:
     if exception is not None or app.builder.format != "html":
         return
     out, base = Path(app.outdir), app.config.html_baseurl
-    # The page is shown in place of others, so its links start at the root.
-    root = re.sub(r"^https?://[^/]*", "", base) or "/"
-    page = out / "404.html"
-    text = page.read_text("utf-8")
-    page.write_text(ADDRESS.sub(rf'\1="{root}\2"', text), "utf-8")
     if base:
+        # The page stands in for others: its links start at the root.
+        root = re.sub(r"^https?://[^/]*", "", base)
+        page = out / "404.html"
+        text = page.read_text("utf-8")
+        page.write_text(ADDRESS.sub(rf'\1="{root}\2"', text), "utf-8")
         places = sorted(map(app.builder.get_target_uri, app.env.found_docs))
         lines = [
             f"<url><loc>{escape_xml(base + p)}</loc></url>" for p in places
