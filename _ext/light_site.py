@@ -41,10 +41,11 @@ def cut(source: Path, target: Path, codes: set[int]) -> set[int]:
     options.notdef_outline = True
     with contextlib.closing(subset.load_font(str(source), options)) as font:
         if "MATH" in font:
-            # TeX lowers the index of a letter less than that of a fraction;
-            # a browser takes the depth of a p for that of a fraction.
+            # TeX lets neither the depth nor the height of a letter move its
+            # index or power, a browser does: let them move tall things only.
             constants = font["MATH"].table.MathConstants
             constants.SubscriptBaselineDropMin.Value = 0
+            constants.SuperscriptBaselineDropMax.Value = 386  # as in TeX
         known = set(font.getBestCmap())
         if codes & known:
             cutter = subset.Subsetter(options)

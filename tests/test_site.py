@@ -484,6 +484,25 @@ def test_a_check_is_printed_as_its_verdict(first_check):
     assert not code.is_visible()
 
 
+@pytest.mark.skipif(not PAGES, reason="the book is not built")
+def test_the_book_is_printed_with_links_and_outline(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import print_book
+
+    # Two pages, which lead to each other and to pages that are not there.
+    parts = [("", ["index"]), ("Part", ["chapters/notation"])]
+    joined = SITE / "test-of-print.html"
+    try:
+        joined.write_text(print_book.join(parts), "utf-8")
+        print_book.print_page(joined, tmp_path / "book.pdf")
+    finally:
+        joined.unlink(missing_ok=True)
+    made = (tmp_path / "book.pdf").read_bytes()
+    assert made.startswith(b"%PDF")
+    assert b"/Outlines" in made
+    assert made.count(b"/Link") > 10
+
+
 def test_a_screen_reader_says_the_verdict(first_check):
     tab, check = first_check
     session = tab.context.new_cdp_session(tab)

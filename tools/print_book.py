@@ -38,8 +38,7 @@ STYLE = """
 @page { size: A4; margin: 18mm 16mm; }
 html { font-size: 10.5pt; }
 body { background: #fff; }
-body > section { break-before: page; }
-body > section.title { break-before: auto; padding-top: 30vh; }
+body > div.bd-content { break-before: page; display: block; }
 .bd-article { padding: 0; }
 button, .headerlink, .sliders { display: none !important; }
 nav a { text-decoration: none; }
@@ -107,8 +106,8 @@ def join(parts: list[tuple[str, list[str]]], site: Path = SITE) -> str:
                 f"{title[1] if title else page}</a></li>"
             )
             bodies.append(
-                f'<section id="{name(page)}" class="bd-article">'
-                f"{body}</section>"
+                f'<div class="bd-content" id="{name(page)}">'
+                f'<article class="bd-article">{body}</article></div>'
             )
         heading = f"<p><strong>{html.escape(caption)}</strong></p>"
         lines.append(
@@ -119,8 +118,8 @@ def join(parts: list[tuple[str, list[str]]], site: Path = SITE) -> str:
         '<meta charset="utf-8"><title>Softmax</title>'
         '<link rel="stylesheet" href="_static/book.css">'
         f"<style>{STYLE}</style></head><body>"
-        f'<section><nav aria-label="Contents"><h1>Contents</h1>'
-        f"{''.join(lines)}</nav></section>{''.join(bodies)}</body></html>"
+        f'<nav aria-label="Contents"><h1>Contents</h1>'
+        f"{''.join(lines)}</nav>{''.join(bodies)}</body></html>"
     )
 
 
