@@ -164,17 +164,25 @@ def join_sheets(static: Path, pages: dict[Path, str]) -> None:
     joined = "\n".join(inline(static, static / name) for name in shared)
     (static / "book.css").write_text(joined, "utf-8")
     version = stamp(joined.encode())
+    font = f"math.woff2?v={stamp((static / 'math.woff2').read_bytes())}"
 
     for path, text in pages.items():
 
-        def one(match: re.Match) -> str:
+        def one(match: re.Match, text: str = text) -> str:
             if match[2] not in shared:
                 return match[0]
             if match[2] != shared[0]:
                 return ""
-            return (
+            sheet = (
                 f'  <link rel="stylesheet" href="{match[1]}book.css'
                 f'?v={version}">\n'
+            )
+            if "<math" not in text:
+                return sheet
+            # Asked for at once, the font is there when the text is drawn.
+            return sheet + (
+                f'  <link rel="preload" href="{match[1]}{font}" as="font"'
+                ' type="font/woff2" crossorigin>\n'
             )
 
         pages[path] = SHEET.sub(one, text)
@@ -193,6 +201,13 @@ SCRIPT = re.compile(
     r'|[^"]*searchindex\.js[^"]*)")'
 )
 ICON = re.compile(r'<i class="(?=[^"]*\bfa[bsr]?[ -])(?![^>]*aria-hidden)')
+# Until the theme's scripts have run it has no colours; without them it has
+# none at all. What the reader's system prefers is known at once.
+THEME = 'localStorage.getItem("theme") || "auto"'
+PREFERRED = (
+    'localStorage.getItem("theme") || '
+    '(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")'
+)
 # What stands outside of all landmarks is skipped by those who walk by them.
 LOGO = re.compile(
     r'<div (class="sidebar-primary-item">(?=\s*<a class="navbar-brand))'
@@ -237,6 +252,8 @@ def mend(page: str) -> str:
     give the logo its landmark.
     """
     page = ICON_SCRIPT.sub("", page)
+    page = page.replace('data-theme="auto"', 'data-theme="light"')
+    page = page.replace(THEME, PREFERRED)
     page = SCRIPT.sub(r"<script defer \1", page)
     page = LOGO.sub(r'<div role="navigation" aria-label="Home" \1', page)
     return ICON.sub(r'<i aria-hidden="true" class="', page)

@@ -399,6 +399,19 @@ def test_followed_links_keep_their_colour(browser, address):
         assert tab.evaluate(rules)[-1] == "var(--pst-color-link)"
 
 
+@pytest.mark.parametrize("theme", THEMES)
+def test_the_theme_does_not_wait_for_the_scripts(theme, browser, address):
+    with opened(browser, f"{address}index.html", color_scheme=theme) as (
+        tab,
+        _,
+        _,
+    ):
+        tab.route("**/*.js*", lambda route: route.abort())
+        tab.goto(f"{address}genindex.html")
+        shown = tab.evaluate("document.documentElement.dataset.theme")
+        assert shown == theme
+
+
 @pytest.mark.parametrize("script", [True, False])
 def test_formulas_from_a_folder_on_disk(script, browser):
     url = (SITE / page_with_most("<math")).as_uri()
@@ -485,7 +498,9 @@ def test_a_check_is_printed_as_its_verdict(first_check):
 
 
 @pytest.mark.skipif(not PAGES, reason="the book is not built")
-def test_the_book_is_printed_with_links_and_outline(tmp_path, monkeypatch):
+def test_the_book_is_printed_with_links_and_outline(
+    browser, tmp_path, monkeypatch
+):
     monkeypatch.syspath_prepend(ROOT / "tools")
     import print_book
 
@@ -494,7 +509,7 @@ def test_the_book_is_printed_with_links_and_outline(tmp_path, monkeypatch):
     joined = SITE / "test-of-print.html"
     try:
         joined.write_text(print_book.join(parts), "utf-8")
-        print_book.print_page(joined, tmp_path / "book.pdf")
+        print_book.print_page(browser, joined, tmp_path / "book.pdf")
     finally:
         joined.unlink(missing_ok=True)
     made = (tmp_path / "book.pdf").read_bytes()

@@ -8,6 +8,7 @@ Chromium prints it; the headings become the outline of the PDF.
 """
 
 import html
+import os
 import posixpath
 import re
 import shutil
@@ -123,32 +124,41 @@ def join(parts: list[tuple[str, list[str]]], site: Path = SITE) -> str:
     )
 
 
-def print_page(source: Path, target: Path) -> None:
-    """Print a page from the disk with an installed Chromium."""
+def print_page(chromium, source: Path, target: Path) -> None:
+    """Print a page from the disk."""
+    tab = chromium.new_page()
+    tab.goto(source.as_uri(), wait_until="load")
+    tab.evaluate("document.fonts.ready.then(() => 0)")
+    tab.pdf(
+        path=target,
+        outline=True,
+        tagged=True,
+        prefer_css_page_size=True,
+        display_header_footer=True,
+        header_template="<span></span>",
+        footer_template=(
+            '<div style="font-size:8px;width:100%;text-align:center">'
+            '<span class="pageNumber"></span></div>'
+        ),
+    )
+    tab.close()
+
+
+def print_joined(source: Path, target: Path) -> None:
+    """Print a page with an installed Chromium."""
     from playwright.sync_api import sync_playwright
 
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         raise SystemExit("no Chromium; install the package `chromium`")
+    root = hasattr(os, "geteuid") and os.geteuid() == 0
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(
-            executable_path=browser, args=["--no-sandbox"]
+            executable_path=browser,
+            # As root, as in a container, Chromium starts only without.
+            args=["--no-sandbox"] if root else [],
         )
-        tab = chromium.new_page()
-        tab.goto(source.as_uri(), wait_until="load")
-        tab.evaluate("document.fonts.ready.then(() => 0)")
-        tab.pdf(
-            path=target,
-            outline=True,
-            tagged=True,
-            prefer_css_page_size=True,
-            display_header_footer=True,
-            header_template="<span></span>",
-            footer_template=(
-                '<div style="font-size:8px;width:100%;text-align:center">'
-                '<span class="pageNumber"></span></div>'
-            ),
-        )
+        print_page(chromium, source, target)
         chromium.close()
 
 
@@ -160,7 +170,7 @@ def main() -> int:
     joined = SITE / "all-pages.html"
     try:
         joined.write_text(join(order()), "utf-8")
-        print_page(joined, OUT / "softmax.pdf")
+        print_joined(joined, OUT / "softmax.pdf")
     finally:
         joined.unlink(missing_ok=True)
     print(f"Read it: open {OUT / 'softmax.pdf'}")
