@@ -164,25 +164,17 @@ def join_sheets(static: Path, pages: dict[Path, str]) -> None:
     joined = "\n".join(inline(static, static / name) for name in shared)
     (static / "book.css").write_text(joined, "utf-8")
     version = stamp(joined.encode())
-    font = f"math.woff2?v={stamp((static / 'math.woff2').read_bytes())}"
 
     for path, text in pages.items():
 
-        def one(match: re.Match, text: str = text) -> str:
+        def one(match: re.Match) -> str:
             if match[2] not in shared:
                 return match[0]
             if match[2] != shared[0]:
                 return ""
-            sheet = (
+            return (
                 f'  <link rel="stylesheet" href="{match[1]}book.css'
                 f'?v={version}">\n'
-            )
-            if "<math" not in text:
-                return sheet
-            # Asked for at once, the font is there when the text is drawn.
-            return sheet + (
-                f'  <link rel="preload" href="{match[1]}{font}" as="font"'
-                ' type="font/woff2" crossorigin>\n'
             )
 
         pages[path] = SHEET.sub(one, text)
