@@ -17,11 +17,12 @@ PYTHON ?= python3 python3.13 python3.12 python3.11 python
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help book test lab bench lint tidy clean
+.PHONY: help book pdf test lab bench lint tidy clean
 .DELETE_ON_ERROR:
 
 help: ## this list
 	@echo "make book    build the book, strictly; prints the page to open"
+	@echo "make pdf     the same as one PDF; needs an installed Chromium"
 	@echo "make test    run every test: style, units, notebooks, saboteurs, site"
 	@echo "make lab     open the chapters in JupyterLab"
 	@echo "make bench   measure speed and accuracy, and write benchmarks/report.md"
@@ -54,6 +55,9 @@ $(STAMP): requirements.txt pyproject.toml
 
 book: $(STAMP)
 	@$(BIN)/python tools/build_book.py
+
+pdf: book
+	@$(BIN)/python tools/print_book.py
 
 test: $(STAMP)
 	@$(BIN)/python tools/run_tests.py

@@ -1,39 +1,21 @@
 """Sphinx extension of this book: what the site needs beyond its theme.
 
-* The mathematics is served by the site itself: MathJax is copied out of the
-  ``sphinx-mathjax-offline`` wheel, the parts that a page can ask for only.
-* The script of sphinx-thebe is dropped: it names a third-party host, it is
-  declared twice, and the book has no live kernel.
 * Ids that the extensions write more than once are removed, a deprecated ARIA
   role is replaced, and labels that hide the visible words from speech input
   are dropped, so that the pages are valid and accessible.
 * In tables long names in code may break after a dot, an underscore or a
   bracket, so that they need not break within a word on a phone.
+* Statements and exercises have links to themselves, as sections have, and the
+  footer leads to the list of statements and the index of names.
+* Columns of numbers are told from columns of words.
 * A claim that the book refutes (label ``false-...``) and a proof get classes
   of their own, for ``_static/softmax.css``.
-* A broken formula is an error: MathJax shows it in red in the browser and
-  says nothing at build time, so ``tests/test_site.py`` looks for it.
 """
 
 import re
-from importlib.metadata import distribution
-from pathlib import Path
 
 from docutils import nodes
 from sphinx.application import Sphinx
-from sphinx.errors import ExtensionError
-from sphinx.util.fileutil import copy_asset
-
-# What a page loads: the bundle, its fonts, and what the bundle fetches on
-# demand: TeX extensions, and the reader for screen-reader users.
-MATHJAX_PARTS = (
-    "tex-chtml.js",
-    "output/chtml/fonts/woff-v2",
-    "input/tex/extensions",
-    "a11y",
-    "sre/mathmaps/base.json",
-    "sre/mathmaps/en.json",
-)
 
 # sphinx-proof and sphinx-exercise give every box of a page the same id.
 REPEATED_ID = re.compile(
@@ -50,28 +32,29 @@ BREAK = re.compile(r"(?<=[._(])(?=[A-Za-z])")
 SOLUTION_TITLE = re.compile(r'Solution to(<a class="[^"]*" href="[^"]*">) ')
 
 
-def copy_mathjax(app: Sphinx, exception: Exception | None) -> None:
-    """Copy the parts of MathJax that the pages can ask for."""
-    if exception is not None or app.builder.format != "html":
-        return
-    wheel = distribution("sphinx-mathjax-offline")
-    bundle = next(
-        (f for f in wheel.files or [] if f.match("mathjax/tex-chtml.js")),
-        None,
+# The corner of a table heads nothing.
+CORNER = re.compile(r"<th([^>]*)>(?:<p></p>)?</th>")
+
+
+# The title of a statement or of an exercise.
+BOX = re.compile(
+    r'(<div class="(?:proof|exercise)[^"]*" id="([^"]+)">\s*'
+    r'<p class="admonition-title">.*?)(</p>)',
+    re.DOTALL,
+)
+PERMALINK = (
+    r'\1<a class="headerlink" href="#\2" title="Link to this">#</a>\3'
+)
+
+
+def add_lists(context: dict) -> None:
+    """Let the footer of each page lead to the lists of the book."""
+    pathto = context["pathto"]
+    context["theme_extra_footer"] = (
+        f'<p><a href="{pathto("prf-prf")}">All statements</a>, '
+        f'<a href="{pathto("genindex")}">index of names</a></p>'
+        + context.get("theme_extra_footer", "")
     )
-    if bundle is None:
-        raise ExtensionError("sphinx-mathjax-offline has no tex-chtml.js")
-    source = Path(wheel.locate_file(bundle)).parent
-    target = Path(app.outdir, "_static", "mathjax")
-    for part in MATHJAX_PARTS:
-        place = (target / part).parent if "." in part else target / part
-        place.mkdir(parents=True, exist_ok=True)
-        copy_asset(str(source / part), str(place))
-
-
-def _is_thebe(script: object) -> bool:
-    body = getattr(script, "attributes", {}).get("body") or ""
-    return "thebe" in str(script).lower() or "thebe" in body.lower()
 
 
 def breakable(cell: re.Match) -> str:
@@ -82,13 +65,14 @@ def breakable(cell: re.Match) -> str:
 
 
 def mend_page(app, pagename, templatename, context, doctree) -> None:
-    """Drop the scripts of thebe, repeated ids and deprecated roles."""
-    context["script_files"] = [
-        s for s in context.get("script_files", []) if not _is_thebe(s)
-    ]
+    """Drop repeated ids and deprecated roles; add links."""
+    if app.builder.name == "html":
+        add_lists(context)
     if "body" in context:
         body = REPEATED_ID.sub("", context["body"])
         body = body.replace('role="doc-biblioentry"', 'role="listitem"')
+        body = BOX.sub(PERMALINK, body)
+        body = CORNER.sub(r"<td\1></td>", body)
         body = SOLUTION_TITLE.sub(r"Solution to \1", body)
         body = body.replace(
             '<summary aria-label="Toggle hidden content">', "<summary>"
@@ -115,9 +99,26 @@ def mark_statements(app: Sphinx, doctree: nodes.document) -> None:
             parent.insert(at, nodes.emphasis("", "Proof."))
 
 
+NUMBER = re.compile(
+    r"[-−+±~<≤]?\s*[\d.,]+(e[-+]?\d+)?\s*(%|x|×|ms|µs|us|s)?"
+)
+
+
+def mark_numbers(app: Sphinx, doctree: nodes.document) -> None:
+    """Give the cells of a column that holds numbers only their class."""
+    for table in doctree.findall(nodes.tgroup):
+        rows = [row.children for row in table.findall(nodes.row)]
+        head = sum(len(part) for part in table.findall(nodes.thead))
+        for column in zip(*rows, strict=False):
+            said = [entry.astext().strip() for entry in column[head:]]
+            filled = [s for s in said if s and s != "–"]
+            if filled and all(NUMBER.fullmatch(s) for s in filled):
+                for entry in column:
+                    entry["classes"].append("number")
+
+
 def setup(app: Sphinx) -> dict:
-    app.connect("build-finished", copy_mathjax)
     app.connect("doctree-read", mark_statements)
-    # Late, so that it sees the scripts that the other extensions add.
+    app.connect("doctree-read", mark_numbers)
     app.connect("html-page-context", mend_page, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

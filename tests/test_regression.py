@@ -742,8 +742,10 @@ def test_the_bar_counts_the_steps(capsys):
     x, target = noisy()
     model = model_of(x, penalty=0.01).fit(x, target, progress=True)
     shown = capsys.readouterr()
-    assert "gradient=" in shown.err and "/100" in shown.err
-    assert model.converged and shown.out == ""
+    assert "gradient=" in shown.err
+    assert "/100" in shown.err
+    assert model.converged
+    assert shown.out == ""
 
 
 def test_progress_without_tqdm(monkeypatch):
