@@ -9,6 +9,7 @@ from softmaxlib import (
     functional,
     loss,
     modules,
+    online,
     regression,
     sampling,
 )
@@ -16,6 +17,7 @@ from softmaxlib.derivatives import *
 from softmaxlib.functional import *
 from softmaxlib.loss import *
 from softmaxlib.modules import *
+from softmaxlib.online import *
 from softmaxlib.regression import *
 from softmaxlib.sampling import *
 
@@ -24,6 +26,7 @@ __all__ += derivatives.__all__
 __all__ += functional.__all__
 __all__ += loss.__all__
 __all__ += modules.__all__
+__all__ += online.__all__
 __all__ += regression.__all__
 __all__ += sampling.__all__
 __version__ = "0.1.0"

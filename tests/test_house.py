@@ -33,6 +33,7 @@ FLOORS = {
     "derivatives": 4,
     "functional": 4,
     "loss": 4,
+    "online": 4,
     "sampling": 4,
     "modules": 5,
     "regression": 5,
@@ -41,7 +42,7 @@ FLOORS = {
 # These import the library, never the reverse, and may need other packages.
 ASIDE = {"plotting", "testing"}
 
-TOTAL, MODULE, FUNCTION = 1900, 330, 45
+TOTAL, MODULE, FUNCTION = 2600, 330, 45
 
 # Who may touch what PyTorch keeps to itself, but for the dispatcher, which
 # is there to do so.
