@@ -1,0 +1,428 @@
+"""The cross-entropy of a linear layer, whose logits are never all there.
+
+A block of logits at a time is made, used and forgotten: `statistics` takes
+from it what the loss of a row needs, and `gradients` makes it again. The
+target stands apart in both, so that its loss and its p - 1 come from what
+the other classes have. As statistics of slices of the classes merge, the
+slices may be on different machines.
+
+Everything of a row has shape (N, 1); where it decides on digits, in the
+widest format of the device.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from softmaxlib import _blocks, _check
+
+# Logits that are there at a time, and the fewest classes of a block.
+_SIZE, _FEWEST = 2**20, 64
+
+
+class Layer(NamedTuple):
+    """Logits x W^T + b, which c tanh(z / c) may keep within c."""
+
+    weight: Tensor  # (K, D)
+    bias: Tensor | None = None  # (K)
+    softcap: float | None = None
+
+
+class Target(NamedTuple):
+    """What a class has of the target of a row, q_k.
+
+    That is `even` for each class, and besides `mass` of the row for the
+    class `label`, or `gain` times `y`.
+    """
+
+    label: Tensor | None  # (N), int64; -1 for a class that is elsewhere
+    even: Tensor | None = None  # (K)
+    y: Tensor | None = None  # (N, K)
+    gain: Tensor | None = None  # (K)
+
+
+class Statistics(NamedTuple):
+    """What the loss of a row needs. But for `top`, all can be added up.
+
+    To merge two, give them the same top: `rest` times exp(old - new).
+    """
+
+    top: Tensor  # the largest logit but for the target; -inf if none
+    rest: Tensor  # the sum of exp(z - top), without the target
+    picked: Tensor  # the logit of the target; 0 if it is elsewhere
+    dot: Tensor  # the sum of q_k z_k, without the mass
+    total: Tensor  # the sum of q_k, without the mass
+
+
+class Values(NamedTuple):
+    """The loss of rows, and what its derivative needs."""
+
+    loss: Tensor
+    logsumexp: Tensor
+    surprise: Tensor  # -log p of the target
+    total: Tensor  # the sum of q_k, without the mass
+
+
+def statistics(
+    x: Tensor, layer: Layer, target: Target, kept: Tensor | None = None
+) -> Statistics:
+    """Of the rows of x, float32 or float64, over the classes of a layer.
+
+    As many logits as fit into `kept`, flat, stay there for `gradients`.
+    """
+    nothing = x.new_zeros((len(x), 1), dtype=_blocks.work_dtype(x))
+    top, rest, picked = nothing - math.inf, nothing, nothing.clone()
+    dot = total = nothing
+    space = _space(x, layer)
+    for classes, slot, rows, at in _pieces(x, layer, target, kept):
+        z = _logits(x, layer, classes, space if slot is None else slot)
+        for q in _given(target, classes):
+            dot = dot + (z * q).masked_fill_(q == 0, 0).sum(1, True)
+            total = total + q.sum(-1, True, dtype=total.dtype)
+        found = z[rows, at]
+        picked[rows, 0] = found.to(picked.dtype)
+        z[rows, at] = -math.inf
+        new = torch.maximum(top, z.amax(1, True))
+        shift = new.masked_fill(new == -math.inf, 0)
+        weights = torch.sub(z, shift.to(z.dtype), out=_like(space, z))
+        part = weights.exp_().sum(1, True)
+        rest, top = rest * (top - shift).exp_() + part, new
+        if slot is not None:
+            slot[rows, at] = found
+    return Statistics(top, rest, picked, dot, total)
+
+
+def values(
+    found: Statistics, mass: Tensor, square: Tensor, anywhere: bool = True
+) -> Values:
+    """The loss sum_k q_k (log Z - z_k) + square (log Z)^2 of each row.
+
+    `anywhere`: whether the rows have a target with `mass`.
+    """
+    others = found.top + found.rest.log()
+    if anywhere:
+        gap = others - found.picked
+        surprise = torch.logaddexp(gap, torch.zeros_like(gap))
+        # As a sum of the others has it: +inf is no logit.
+        surprise = surprise.masked_fill(found.picked == math.inf, math.nan)
+        logsumexp = torch.logaddexp(others, found.picked)
+        loss = (mass * surprise).masked_fill(mass == 0, 0)
+    else:
+        surprise, logsumexp = torch.full_like(others, math.inf), others
+        loss = torch.zeros_like(others)
+    # A total of zero is one of nothing, or of zeros.
+    rest = (found.total * logsumexp).masked_fill(found.total == 0, 0)
+    loss = loss + (rest - found.dot)
+    penalty = (square * logsumexp.square()).masked_fill(square == 0, 0)
+    return Values(loss + penalty, logsumexp, surprise, found.total)
+
+
+class Slopes(NamedTuple):
+    """The derivative in a logit: scale exp(z - shift) - share q_k.
+
+    But at the target it is `at_target`, which has everything.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    share: Tensor
+    at_target: Tensor
+
+
+def slopes(
+    value: Values,
+    mass: Tensor,
+    square: Tensor,
+    share: Tensor,
+    even: Tensor | float = 0.0,
+) -> Slopes:
+    """Of the loss of each row times its share; `even` at its target."""
+    rest = value.total + 2 * square * value.logsumexp
+    # p - 1 from the others; and (mass + rest) p - mass - even.
+    minus = torch.expm1(-value.surprise)
+    at_target = mass * minus + rest * torch.exp(-value.surprise) - even
+    shift = value.logsumexp
+    return Slopes(shift, share * (mass + rest), share, share * at_target)
+
+
+class Gradients(NamedTuple):
+    """Where to write gradients, or None; the biases' in x's format."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def gradients(
+    x: Tensor,
+    layer: Layer,
+    target: Target,
+    slope: Slopes,
+    out: Gradients,
+    kept: Tensor | None = None,
+    *,
+    add: bool = False,
+) -> None:
+    """Write the gradients of rows; for weight and bias `add` them.
+
+    `kept` may be the memory of the weight's gradient.
+    """
+    space, wide = _space(x, layer), x.dtype
+    # What the rounding of the shift costs, the scale gives back.
+    shift = slope.shift.to(wide)
+    scale = slope.scale * (shift - slope.shift).exp()
+    scale, share, at_target = (
+        v.to(wide) for v in (scale, slope.share, slope.at_target)
+    )
+    if out.x is not None:
+        out.x.zero_()
+    for classes, slot, rows, at in _pieces(x, layer, target, kept):
+        z = slot
+        if z is None:
+            z = _logits(x, layer, classes, space)
+        cap = None
+        if layer.softcap is not None:
+            cap = (z / layer.softcap).square_().neg_().add_(1)
+        p = torch.sub(z, shift, out=_like(space, z)).exp_().mul_(scale)
+        for q in _given(target, classes):
+            p -= share * q
+        p[rows, at] = at_target[rows, 0]
+        if cap is not None:
+            p *= cap
+        hit = p[rows, at].unsqueeze(1)
+        # Small and many, large and few: apart they round less.
+        p[rows, at] = 0
+        if out.x is not None:
+            w = layer.weight[classes].to(wide)
+            out.x.addmm_(p, w).index_add_(0, rows, hit * w[at])
+        if out.weight is not None:
+            block = out.weight[classes]
+            same = block.dtype == wide
+            sums = block if same else block.to(wide)
+            sums = sums.addmm_(p.mT, x, beta=float(add))
+            sums.index_add_(0, at, hit * x[rows])
+            if not same:
+                block.copy_(sums)
+        if out.bias is not None:
+            sums = p.sum(0).index_add_(0, at, hit.squeeze(1))
+            out.bias[classes] = out.bias[classes] * float(add) + sums
+
+
+def _width(x: Tensor, layer: Layer) -> int:
+    """The classes of a block."""
+    fewest = max(_FEWEST, _SIZE // max(len(x), 1))
+    return max(1, min(len(layer.weight), fewest))
+
+
+def _space(x: Tensor, layer: Layer) -> Tensor:
+    return x.new_empty(len(x) * _width(x, layer))
+
+
+def _like(space: Tensor, z: Tensor) -> Tensor:
+    return space[: z.numel()].view_as(z)
+
+
+def _pieces(
+    x: Tensor, layer: Layer, target: Target, kept: Tensor | None
+) -> Iterator[tuple[slice, Tensor | None, Tensor, Tensor]]:
+    """Blocks of classes, with the place of their logits in `kept`.
+
+    A place is no earlier than the block's own gradient in the weight, and
+    at least as large: written in turn, that meets only what is done with.
+    Besides, the rows whose target is in the block, and where in it.
+    """
+    classes, width = len(layer.weight), _width(x, layer)
+    rows, features = x.shape
+    stride = width * max(rows, features)
+    bounds = [*range(0, classes, width), classes]
+    label = target.label
+    if label is None:
+        label = torch.full((rows,), -1, device=x.device)
+    found, order = label.sort()
+    places = torch.searchsorted(found, found.new_tensor(bounds)).tolist()
+    for i, start in enumerate(bounds[:-1]):
+        stop, slot = bounds[i + 1], None
+        if kept is not None and (i + 1) * stride <= kept.numel():
+            slot = kept[i * stride :][: rows * (stop - start)]
+            slot = slot.view(rows, stop - start)
+        here = slice(places[i], places[i + 1])
+        yield slice(start, stop), slot, order[here], found[here] - start
+
+
+def _logits(x: Tensor, layer: Layer, classes: slice, out: Tensor) -> Tensor:
+    weight = layer.weight[classes].to(x.dtype)
+    out = out.flatten()[: len(x) * len(weight)].view(len(x), len(weight))
+    z = torch.mm(x, weight.mT, out=out)
+    if layer.bias is not None:
+        z += layer.bias[classes]
+    if layer.softcap is not None:
+        z.div_(layer.softcap).tanh_().mul_(layer.softcap)
+    return z
+
+
+def _given(target: Target, classes: slice) -> Iterator[Tensor]:
+    """What classes have of the target, but for its mass."""
+    if target.even is not None:
+        yield target.even[classes]
+    if target.y is not None:
+        y = target.y[:, classes]
+        yield y if target.gain is None else y * target.gain[classes]
+
+
+# --- all classes in one place --------------------------------------------
+
+
+class Case(NamedTuple):
+    """The targets of N rows, and how their losses are made of them."""
+
+    target: Tensor  # (N), int64, or (N, K), floating point
+    counts: Tensor | None  # (N), bool: which rows do; all if None
+    weight: Tensor | None  # (K), of the classes, in the widest format
+    smoothing: float = 0.0
+    square: float = 0.0  # the factor of (log Z)^2
+
+
+def parted(arguments: Sequence[Any]) -> tuple[Tensor, Layer, Case]:
+    """(x, weight, bias, softcap, *case) as what they belong to."""
+    x, weight, bias, softcap, *case = arguments
+    return x, Layer(weight, bias, softcap), Case(*case)
+
+
+def forward(x: Tensor, layer: Layer, case: Case) -> Values:
+    """The values of N rows, 0 where a row does not count."""
+    x, case, here = _counting(x, case, len(layer.weight))
+    target, mass, square, _ = _targets(x, layer, case)
+    found = statistics(x, layer, target)
+    result = values(found, mass, square, target.label is not None)
+    return Values(*(_put(v, here) for v in result))
+
+
+def backward(
+    x: Tensor,
+    layer: Layer,
+    case: Case,
+    value: Values,
+    share: Tensor,
+    needs: Sequence[bool],
+) -> Gradients:
+    """The gradients of the sum of share times loss, from scratch."""
+    kind = x
+    x, case, here = _counting(x, case, len(layer.weight))
+    if here is not None:
+        value, share = Values(*(v[here[0]] for v in value)), share[here[0]]
+    target, mass, square, even = _targets(x, layer, case)
+    slope = slopes(value, mass, square, share, even)
+    out = _empty(x, layer, needs)
+    gradients(x, layer, target, slope, out)
+    return _finished(out, kind, layer, here)
+
+
+def both(
+    x: Tensor,
+    layer: Layer,
+    case: Case,
+    share: Tensor,
+    needs: Sequence[bool],
+    fast: bool,
+) -> tuple[Tensor, Gradients]:
+    """The sum of share times loss, and its gradients.
+
+    The memory of the weight's gradient holds logits until it is written:
+    those of D rows, or a part of those of all. If `fast`, the rows that
+    follow the first D go by in blocks whose logits are kept, too.
+    """
+    kind = x
+    x, case, here = _counting(x, case, len(layer.weight))
+    share = share if here is None else share[here[0]]
+    out = _empty(x, layer, needs)
+    own, (rows, features), classes = None, x.shape, len(layer.weight)
+    if out.weight is not None:
+        own = out.weight.flatten()
+        own = own[: own.numel() // 2 * 2].view(x.dtype)
+    # A sum over blocks of rows would be rounded in each.
+    fast = fast and layer.weight.dtype == x.dtype and rows > features
+    size = max(1, features // 2 if fast else rows)
+    first = features if fast and own is not None else size
+    memory = x.new_empty(size * classes) if fast else None
+    starts = [0, *range(first, rows, size), rows]
+    total = share.new_zeros(())
+    for start, stop in itertools.pairwise(starts):
+        part = slice(start, stop)
+        some = Case(case.target[part], None, *case[2:])
+        target, mass, square, even = _targets(x[part], layer, some)
+        kept = own if start == 0 and own is not None else memory
+        found = statistics(x[part], layer, target, kept)
+        value = values(found, mass, square, target.label is not None)
+        total += (value.loss * share[part]).sum()
+        slope = slopes(value, mass, square, share[part], even)
+        some_x = None if out.x is None else out.x[part]
+        where = Gradients(some_x, out.weight, out.bias)
+        gradients(x[part], layer, target, slope, where, kept, add=start > 0)
+    return total, _finished(out, kind, layer, here)
+
+
+def _counting(
+    x: Tensor, case: Case, classes: int
+) -> tuple[Tensor, Case, tuple[Tensor, int] | None]:
+    """The rows that count, in the working format, and where they stood."""
+    here, size = None, len(x)
+    if case.counts is not None and not case.counts.all():
+        here = case.counts.nonzero().squeeze(1)
+        x, case = x[here], Case(case.target[here], None, *case[2:])
+    if not case.target.is_floating_point():
+        # Here, as only here the values can be read in every mode.
+        _check.in_range("linear_cross_entropy", case.target, classes)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x, case, None if here is None else (here, size)
+
+
+def _put(value: Tensor, here: tuple[Tensor, int] | None) -> Tensor:
+    """The rows of `_counting` back in their places."""
+    if here is None:
+        return value
+    result = value.new_zeros(here[1], *value.shape[1:])
+    return result.index_copy_(0, here[0], value)
+
+
+def _targets(
+    x: Tensor, layer: Layer, case: Case
+) -> tuple[Target, Tensor, Tensor, Tensor | float]:
+    """The target, its mass, the factor of (log Z)^2, `even` at the target."""
+    t, w, eps = case.target, case.weight, case.smoothing
+    one = x.new_ones((len(x), 1), dtype=_blocks.work_dtype(x))
+    classes, square = len(layer.weight), one * case.square
+    each = one.new_ones(classes) if w is None else w
+    even = (each * (eps / max(classes, 1))).to(x.dtype) if eps else None
+    if t.is_floating_point():
+        gain = (each * (1 - eps)).to(x.dtype)
+        return Target(None, even, t, gain), one * 0, square, 0.0
+    mass = one if w is None else w[t].unsqueeze(1)
+    at = 0.0 if even is None else even[t].unsqueeze(1)
+    return Target(t, even), mass * (1 - eps), mass * square, at
+
+
+def _empty(x: Tensor, layer: Layer, needs: Sequence[bool]) -> Gradients:
+    weight = layer.weight
+    return Gradients(
+        torch.empty_like(x) if needs[0] else None,
+        weight.new_empty(weight.shape) if needs[1] else None,
+        x.new_zeros(len(weight)) if needs[2] else None,
+    )
+
+
+def _finished(
+    out: Gradients,
+    x: Tensor,
+    layer: Layer,
+    here: tuple[Tensor, int] | None,
+) -> Gradients:
+    """In the formats of x, weight and bias, and all rows of x."""
+    in_x = None if out.x is None else _put(out.x, here).to(x.dtype)
+    in_bias = out.bias
+    if in_bias is not None and layer.bias is not None:
+        in_bias = in_bias.to(layer.bias.dtype)
+    return Gradients(in_x, out.weight, in_bias)
