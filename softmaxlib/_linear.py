@@ -63,6 +63,7 @@ class Values(NamedTuple):
     loss: Tensor
     logsumexp: Tensor
     surprise: Tensor  # -log p of the target
+    total: Tensor  # the sum of q_k, without the mass
 
 
 def statistics(
@@ -76,12 +77,11 @@ def statistics(
     top, rest, picked = nothing - math.inf, nothing, nothing.clone()
     dot = total = nothing
     space = _space(x, layer)
-    for classes, slot in _pieces(x, layer, kept):
+    for classes, slot, rows, at in _pieces(x, layer, target, kept):
         z = _logits(x, layer, classes, space if slot is None else slot)
         for q in _given(target, classes):
             dot = dot + (z * q).masked_fill_(q == 0, 0).sum(1, True)
             total = total + q.sum(-1, True, dtype=total.dtype)
-        rows, at = _inside(target, classes)
         found = z[rows, at]
         picked[rows, 0] = found.to(picked.dtype)
         z[rows, at] = -math.inf
@@ -117,7 +117,7 @@ def values(
     rest = (found.total * logsumexp).masked_fill(found.total == 0, 0)
     loss = loss + (rest - found.dot)
     penalty = (square * logsumexp.square()).masked_fill(square == 0, 0)
-    return Values(loss + penalty, logsumexp, surprise)
+    return Values(loss + penalty, logsumexp, surprise, found.total)
 
 
 class Slopes(NamedTuple):
@@ -133,7 +133,6 @@ class Slopes(NamedTuple):
 
 
 def slopes(
-    found: Statistics,
     value: Values,
     mass: Tensor,
     square: Tensor,
@@ -141,7 +140,7 @@ def slopes(
     even: Tensor | float = 0.0,
 ) -> Slopes:
     """Of the loss of each row times its share; `even` at its target."""
-    rest = found.total + 2 * square * value.logsumexp
+    rest = value.total + 2 * square * value.logsumexp
     # p - 1 from the others; and (mass + rest) p - mass - even.
     minus = torch.expm1(-value.surprise)
     at_target = mass * minus + rest * torch.exp(-value.surprise) - even
@@ -180,7 +179,7 @@ def gradients(
     )
     if out.x is not None:
         out.x.zero_()
-    for classes, slot in _pieces(x, layer, kept):
+    for classes, slot, rows, at in _pieces(x, layer, target, kept):
         z = slot
         if z is None:
             z = _logits(x, layer, classes, space)
@@ -190,7 +189,6 @@ def gradients(
         p = torch.sub(z, shift, out=_like(space, z)).exp_().mul_(scale)
         for q in _given(target, classes):
             p -= share * q
-        rows, at = _inside(target, classes)
         p[rows, at] = at_target[rows, 0]
         if cap is not None:
             p *= cap
@@ -228,23 +226,30 @@ def _like(space: Tensor, z: Tensor) -> Tensor:
 
 
 def _pieces(
-    x: Tensor, layer: Layer, kept: Tensor | None
-) -> Iterator[tuple[slice, Tensor | None]]:
+    x: Tensor, layer: Layer, target: Target, kept: Tensor | None
+) -> Iterator[tuple[slice, Tensor | None, Tensor, Tensor]]:
     """Blocks of classes, with the place of their logits in `kept`.
 
     A place is no earlier than the block's own gradient in the weight, and
     at least as large: written in turn, that meets only what is done with.
+    Besides, the rows whose target is in the block, and where in it.
     """
     classes, width = len(layer.weight), _width(x, layer)
     rows, features = x.shape
     stride = width * max(rows, features)
-    for start in range(0, classes, width):
-        stop, slot = min(start + width, classes), None
-        first = start // width * stride
-        if kept is not None and first + stride <= kept.numel():
-            slot = kept[first : first + rows * (stop - start)]
+    bounds = [*range(0, classes, width), classes]
+    index = target.index
+    if index is None:
+        index = torch.full((rows,), -1, device=x.device)
+    found, order = index.sort()
+    places = torch.searchsorted(found, found.new_tensor(bounds)).tolist()
+    for i, start in enumerate(bounds[:-1]):
+        stop, slot = bounds[i + 1], None
+        if kept is not None and (i + 1) * stride <= kept.numel():
+            slot = kept[i * stride :][: rows * (stop - start)]
             slot = slot.view(rows, stop - start)
-        yield slice(start, stop), slot
+        here = slice(places[i], places[i + 1])
+        yield slice(start, stop), slot, order[here], found[here] - start
 
 
 def _logits(x: Tensor, layer: Layer, classes: slice, out: Tensor) -> Tensor:
@@ -265,14 +270,3 @@ def _given(target: Target, classes: slice) -> Iterator[Tensor]:
     if target.y is not None:
         y = target.y[:, classes]
         yield y if target.gain is None else y * target.gain[classes]
-
-
-def _inside(target: Target, classes: slice) -> tuple[Tensor, Tensor]:
-    """The rows whose target is in a block, and where in it."""
-    if target.index is None:
-        nowhere = torch.zeros(0, dtype=torch.int64)
-        return nowhere, nowhere
-    at = target.index - classes.start
-    inside = (at >= 0) & (target.index < classes.stop)
-    rows = inside.nonzero().squeeze(1)
-    return rows, at[rows]
