@@ -245,12 +245,11 @@ def out(function: str, value: Tensor, shape: Any, x: Tensor) -> Tensor:
 # --- targets and weights -------------------------------------------------
 
 
-def class_weight(function: str, value: Any, x: Tensor, dim: int) -> Tensor:
+def class_weight(
+    function: str, value: Any, x: Tensor, dim: int, name: str = "weight"
+) -> Tensor:
     """Weights of the classes, shape (K)."""
-    weight, what = (
-        tensor(function, "weight", value),
-        f"{function}(): weight",
-    )
+    weight, what = tensor(function, name, value), f"{function}(): {name}"
     _shaped(what, weight, x.shape[dim : dim + 1], ", one for each class")
     if not weight.dtype.is_floating_point:
         _refuse(RuntimeError, what, "floating point", weight.dtype)

@@ -10,14 +10,15 @@ Everything of a row has shape (N, 1); where it decides on digits, in the
 widest format of the device.
 """
 
+import itertools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from softmaxlib import _blocks
+from softmaxlib import _blocks, _check
 
 # Logits that are there at a time, and the fewest classes of a block.
 _SIZE, _FEWEST = 2**20, 64
@@ -35,10 +36,10 @@ class Target(NamedTuple):
     """What a class has of the target of a row, q_k.
 
     That is `even` for each class, and besides `mass` of the row for the
-    class `index`, or `gain` times `y`.
+    class `label`, or `gain` times `y`.
     """
 
-    index: Tensor | None  # (N), int64; -1 for a class that is elsewhere
+    label: Tensor | None  # (N), int64; -1 for a class that is elsewhere
     even: Tensor | None = None  # (K)
     y: Tensor | None = None  # (N, K)
     gain: Tensor | None = None  # (K)
@@ -238,10 +239,10 @@ def _pieces(
     rows, features = x.shape
     stride = width * max(rows, features)
     bounds = [*range(0, classes, width), classes]
-    index = target.index
-    if index is None:
-        index = torch.full((rows,), -1, device=x.device)
-    found, order = index.sort()
+    label = target.label
+    if label is None:
+        label = torch.full((rows,), -1, device=x.device)
+    found, order = label.sort()
     places = torch.searchsorted(found, found.new_tensor(bounds)).tolist()
     for i, start in enumerate(bounds[:-1]):
         stop, slot = bounds[i + 1], None
@@ -270,3 +271,158 @@ def _given(target: Target, classes: slice) -> Iterator[Tensor]:
     if target.y is not None:
         y = target.y[:, classes]
         yield y if target.gain is None else y * target.gain[classes]
+
+
+# --- all classes in one place --------------------------------------------
+
+
+class Case(NamedTuple):
+    """The targets of N rows, and how their losses are made of them."""
+
+    target: Tensor  # (N), int64, or (N, K), floating point
+    counts: Tensor | None  # (N), bool: which rows do; all if None
+    weight: Tensor | None  # (K), of the classes, in the widest format
+    smoothing: float = 0.0
+    square: float = 0.0  # the factor of (log Z)^2
+
+
+def parted(arguments: Sequence[Any]) -> tuple[Tensor, Layer, Case]:
+    """(x, weight, bias, softcap, *case) as what they belong to."""
+    x, weight, bias, softcap, *case = arguments
+    return x, Layer(weight, bias, softcap), Case(*case)
+
+
+def forward(x: Tensor, layer: Layer, case: Case) -> Values:
+    """The values of N rows, 0 where a row does not count."""
+    x, case, here = _counting(x, case, len(layer.weight))
+    target, mass, square, _ = _targets(x, layer, case)
+    found = statistics(x, layer, target)
+    result = values(found, mass, square, target.label is not None)
+    return Values(*(_put(v, here) for v in result))
+
+
+def backward(
+    x: Tensor,
+    layer: Layer,
+    case: Case,
+    value: Values,
+    share: Tensor,
+    needs: Sequence[bool],
+) -> Gradients:
+    """The gradients of the sum of share times loss, from scratch."""
+    kind = x
+    x, case, here = _counting(x, case, len(layer.weight))
+    if here is not None:
+        value, share = Values(*(v[here[0]] for v in value)), share[here[0]]
+    target, mass, square, even = _targets(x, layer, case)
+    slope = slopes(value, mass, square, share, even)
+    out = _empty(x, layer, needs)
+    gradients(x, layer, target, slope, out)
+    return _finished(out, kind, layer, here)
+
+
+def both(
+    x: Tensor,
+    layer: Layer,
+    case: Case,
+    share: Tensor,
+    needs: Sequence[bool],
+    fast: bool,
+) -> tuple[Tensor, Gradients]:
+    """The sum of share times loss, and its gradients.
+
+    The memory of the weight's gradient holds logits until it is written:
+    those of D rows, or a part of those of all. If `fast`, the rows that
+    follow the first D go by in blocks whose logits are kept, too.
+    """
+    kind = x
+    x, case, here = _counting(x, case, len(layer.weight))
+    share = share if here is None else share[here[0]]
+    out = _empty(x, layer, needs)
+    own, (rows, features), classes = None, x.shape, len(layer.weight)
+    if out.weight is not None:
+        own = out.weight.flatten()
+        own = own[: own.numel() // 2 * 2].view(x.dtype)
+    # A sum over blocks of rows would be rounded in each.
+    fast = fast and layer.weight.dtype == x.dtype and rows > features
+    size = max(1, features // 2 if fast else rows)
+    first = features if fast and own is not None else size
+    memory = x.new_empty(size * classes) if fast else None
+    starts = [0, *range(first, rows, size), rows]
+    total = share.new_zeros(())
+    for start, stop in itertools.pairwise(starts):
+        part = slice(start, stop)
+        some = Case(case.target[part], None, *case[2:])
+        target, mass, square, even = _targets(x[part], layer, some)
+        kept = own if start == 0 and own is not None else memory
+        found = statistics(x[part], layer, target, kept)
+        value = values(found, mass, square, target.label is not None)
+        total += (value.loss * share[part]).sum()
+        slope = slopes(value, mass, square, share[part], even)
+        some_x = None if out.x is None else out.x[part]
+        where = Gradients(some_x, out.weight, out.bias)
+        gradients(x[part], layer, target, slope, where, kept, add=start > 0)
+    return total, _finished(out, kind, layer, here)
+
+
+def _counting(
+    x: Tensor, case: Case, classes: int
+) -> tuple[Tensor, Case, tuple[Tensor, int] | None]:
+    """The rows that count, in the working format, and where they stood."""
+    here, size = None, len(x)
+    if case.counts is not None and not case.counts.all():
+        here = case.counts.nonzero().squeeze(1)
+        x, case = x[here], Case(case.target[here], None, *case[2:])
+    if not case.target.is_floating_point():
+        # Here, as only here the values can be read in every mode.
+        _check.in_range("linear_cross_entropy", case.target, classes)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x, case, None if here is None else (here, size)
+
+
+def _put(value: Tensor, here: tuple[Tensor, int] | None) -> Tensor:
+    """The rows of `_counting` back in their places."""
+    if here is None:
+        return value
+    result = value.new_zeros(here[1], *value.shape[1:])
+    return result.index_copy_(0, here[0], value)
+
+
+def _targets(
+    x: Tensor, layer: Layer, case: Case
+) -> tuple[Target, Tensor, Tensor, Tensor | float]:
+    """The target, its mass, the factor of (log Z)^2, `even` at the target."""
+    t, w, eps = case.target, case.weight, case.smoothing
+    one = x.new_ones((len(x), 1), dtype=_blocks.work_dtype(x))
+    classes, square = len(layer.weight), one * case.square
+    each = one.new_ones(classes) if w is None else w
+    even = (each * (eps / max(classes, 1))).to(x.dtype) if eps else None
+    if t.is_floating_point():
+        gain = (each * (1 - eps)).to(x.dtype)
+        return Target(None, even, t, gain), one * 0, square, 0.0
+    mass = one if w is None else w[t].unsqueeze(1)
+    at = 0.0 if even is None else even[t].unsqueeze(1)
+    return Target(t, even), mass * (1 - eps), mass * square, at
+
+
+def _empty(x: Tensor, layer: Layer, needs: Sequence[bool]) -> Gradients:
+    weight = layer.weight
+    return Gradients(
+        torch.empty_like(x) if needs[0] else None,
+        weight.new_empty(weight.shape) if needs[1] else None,
+        x.new_zeros(len(weight)) if needs[2] else None,
+    )
+
+
+def _finished(
+    out: Gradients,
+    x: Tensor,
+    layer: Layer,
+    here: tuple[Tensor, int] | None,
+) -> Gradients:
+    """In the formats of x, weight and bias, and all rows of x."""
+    in_x = None if out.x is None else _put(out.x, here).to(x.dtype)
+    in_bias = out.bias
+    if in_bias is not None and layer.bias is not None:
+        in_bias = in_bias.to(layer.bias.dtype)
+    return Gradients(in_x, out.weight, in_bias)

@@ -6,16 +6,18 @@ what the other classes have. Rows are computed and reduced in float64 and
 rounded once.
 """
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from softmaxlib import _autograd, _blocks, _check
+from softmaxlib import _autograd, _blocks, _check, _linear
 
 __all__ = [
     "cross_entropy",
     "cross_entropy_gradient",
+    "linear_cross_entropy",
     "soft_cross_entropy",
     "soft_cross_entropy_gradient",
 ]
@@ -120,6 +122,53 @@ def cross_entropy(
         return rows.squeeze(case.dim).to(wanted)
     total = rows.sum()
     return (total / case.rows if reduction == "mean" else total).to(wanted)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    dtype: torch.dtype | None = None,
+    prefer: Literal["memory", "speed"] = "memory",
+) -> Tensor:
+    r"""The cross-entropy of a linear layer, without its logits in memory.
+
+    TODO
+    """
+    name = "linear_cross_entropy"
+    _check.choice(name, "reduction", reduction, "mean", "sum", "none")
+    _check.choice(name, "prefer", prefer, "memory", "speed")
+    x, bias, model = _layer(name, x, weight, bias)
+    weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
+    options = class_weight, ignore_index, label_smoothing, z_loss
+    case, divisor = _linear_case(name, target, model, *options)
+    if softcap is not None:
+        least = torch.finfo(torch.float32).tiny
+        softcap = _check.number(name, "softcap", softcap, least)
+        softcap = None if softcap == math.inf else softcap
+    wanted = torch.promote_types(x.dtype, torch.float32)
+    wanted = _check.floating(name, dtype or wanted)
+    rows, share = x.reshape(-1, x.shape[-1]), None
+    if reduction != "none":
+        share = divisor.new_ones(len(rows), 1)
+        if reduction == "mean":
+            share = share / divisor.masked_fill(divisor == 0, 1)
+    value = _autograd.linear_loss(
+        rows, weight, bias, softcap, case, share, prefer == "speed"
+    )
+    if reduction == "none":
+        return value.view(model.shape[:-1]).to(wanted)
+    if reduction == "mean":
+        value = value.masked_fill(divisor == 0, math.nan)
+    return value.to(wanted)
 
 
 def cross_entropy_gradient(
@@ -348,6 +397,59 @@ def _prepare(
         share = share * weight.gather(dim, t)
         silent = silent if eps else share == 0
     return _Case(x, (t, weight, dim, eps), dim, silent, share.sum())
+
+
+def _layer(
+    name: str, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """x and bias in one format, and what looks like the logits."""
+    x, weight = (
+        _check.samples(name, x),
+        _check.tensor(name, "weight", weight),
+    )
+    if _autograd.autocast_dtype(name, x) is not None:
+        # A layer under autocast has its input as the last one left it.
+        x = x.to(torch.promote_types(x.dtype, weight.dtype))
+        weight = weight.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+    classes = _check.layer(name, weight, "kd", x)
+    if bias is not None:
+        bias = _check.like(name, "bias", bias, x, (classes,), of="x")
+    return x, bias, x.new_empty(()).expand(*x.shape[:-1], classes)
+
+
+def _linear_case(
+    name: str,
+    target: Tensor,
+    model: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[_linear.Case, Tensor]:
+    """The checked targets of flat rows, and what the mean divides by."""
+    target = _check.tensor(name, "target", target)
+    ignore_index = _check.integer(name, "ignore_index", ignore_index)
+    eps = _check.smoothing(name, label_smoothing)
+    square, dim = _check.number(name, "z_loss", z_loss), model.ndim - 1
+    if weight is not None:
+        what = "class_weight"
+        weight = _check.class_weight(name, weight, model, dim, what)
+        weight = _blocks.widen(weight)
+    rows, wide = model.shape[:-1].numel(), _blocks.work_dtype(model)
+    if target.is_floating_point():
+        y = _check.probabilities(name, target, model, ignore_index)
+        y = y.reshape(rows, model.shape[-1])
+        divisor = model.new_full((), rows, dtype=wide)
+        return _linear.Case(y, None, weight, eps, square), divisor
+    t = _check.class_indices(name, target, model, dim).reshape(rows)
+    counts = t != ignore_index
+    t = t.masked_fill(~counts, 0)
+    share = counts.to(wide)
+    if weight is not None:
+        share = share * weight[t]
+        counts = counts if eps else share != 0
+    return _linear.Case(t, counts, weight, eps, square), share.sum()
 
 
 def _soft_arguments(

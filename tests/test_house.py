@@ -28,6 +28,7 @@ FLOORS = {
     "_blocks": 1,
     "_check": 1,
     "_kernels": 2,
+    "_linear": 2,
     "_plain": 2,
     "_autograd": 3,
     "derivatives": 4,
