@@ -35,6 +35,7 @@ FLOORS = {
     "functional": 4,
     "loss": 4,
     "sampling": 4,
+    "distributed": 5,
     "modules": 5,
     "regression": 5,
     "__init__": 6,
