@@ -347,7 +347,7 @@ def both(
         own = None if own.numel() % 2 else own.view(x.dtype)
     # A sum over blocks of rows would be rounded in each.
     fast = fast and layer.weight.dtype == x.dtype and rows > features
-    size = max(1, features // 2 if fast else rows)
+    size = max(1, 3 * features // 8 if fast else rows)
     first = features if fast and own is not None else size
     memory = x.new_empty(size * classes) if fast else None
     starts = [0, *range(first, rows, size), rows]
