@@ -19,6 +19,7 @@ PARTS = (
     "growth",
     "sampling",
     "linear",
+    "distributed",
 )
 REPORT = pathlib.Path(__file__).with_name("report.md")
 README = REPORT.parent.parent / "README.md"
