@@ -12,7 +12,15 @@ import torch
 
 from benchmarks.measure import SUMMARY
 
-PARTS = ("accuracy", "functional", "derivatives", "growth", "sampling")
+PARTS = (
+    "accuracy",
+    "functional",
+    "derivatives",
+    "growth",
+    "sampling",
+    "linear",
+    "distributed",
+)
 REPORT = pathlib.Path(__file__).with_name("report.md")
 README = REPORT.parent.parent / "README.md"
 

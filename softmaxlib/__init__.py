@@ -6,6 +6,7 @@ chapter that derives it. The public names are those of the modules below.
 
 from softmaxlib import (
     derivatives,
+    distributed,
     functional,
     loss,
     modules,
@@ -14,6 +15,7 @@ from softmaxlib import (
     sampling,
 )
 from softmaxlib.derivatives import *
+from softmaxlib.distributed import *
 from softmaxlib.functional import *
 from softmaxlib.loss import *
 from softmaxlib.modules import *
@@ -23,6 +25,7 @@ from softmaxlib.sampling import *
 
 __all__: list[str] = []
 __all__ += derivatives.__all__
+__all__ += distributed.__all__
 __all__ += functional.__all__
 __all__ += loss.__all__
 __all__ += modules.__all__

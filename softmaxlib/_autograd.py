@@ -421,28 +421,29 @@ def linear_loss(
     derivatives, of transforms and in targets and class weights.
     """
     arguments = x, weight, bias, softcap, *case
+    rows: Tensor
     way = route(x, weight, bias, case.target, case.weight)
-    grad = torch.is_grad_enabled()
-    given = grad and _wants(case.target, case.weight)
-    if torch.compiler.is_compiling() and not given:
+    if way != "kernel" and (_transforms() or _wants(case)):
+        way = "plain"
+    elif torch.compiler.is_compiling():
         rows = _linear_rows(*arguments)[0]
-    else:
-        with exactly(x):
-            if way == "kernel":
-                layer = _linear.Layer(weight, bias, softcap)
-                rows = _linear.forward(x, layer, case).loss
-            elif way == "plain" or given or _transforms():
-                rows = _plain.linear_loss(*arguments)
-            else:
-                rows, share = (
-                    call(LinearLoss, share, fast, *arguments),
-                    None,
-                )
+        return rows if share is None else (rows * share).sum()
+    with exactly(x):
+        if way == "watched":
+            value: Tensor = call(LinearLoss, share, fast, *arguments)
+            return value
+        if way == "kernel":
+            rows = _linear.forward(*_linear.parted(arguments)).loss
+        else:
+            rows = _plain.linear_loss(*arguments)
     return rows if share is None else (rows * share).sum()
 
 
-def _wants(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
+def _wants(case: _linear.Case) -> bool:
+    """Whether a derivative in target or class weights may be asked for."""
+    given = case.target, case.weight
+    wanted = any(t is not None and t.requires_grad for t in given)
+    return wanted and torch.is_grad_enabled()
 
 
 def _transforms() -> bool:
@@ -526,8 +527,9 @@ def _linear_rows(
     arguments = x, weight, bias, softcap, target, *options
     with exactly(x):
         found = _linear.forward(*_linear.parted(arguments))
+    loss, logsumexp, surprise, total = found
     # No two may share memory.
-    return *found[:3], found.total.clone()
+    return loss, logsumexp, surprise, total.clone()
 
 
 @torch.library.custom_op(f"{_NAME}_backward", mutates_args=())

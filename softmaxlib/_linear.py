@@ -231,13 +231,14 @@ def _pieces(
 ) -> Iterator[tuple[slice, Tensor | None, Tensor, Tensor]]:
     """Blocks of classes, with the place of their logits in `kept`.
 
-    A place is no earlier than the block's own gradient in the weight, and
-    at least as large: written in turn, that meets only what is done with.
+    In the memory of the weight's gradient a place is no earlier than the
+    block's own gradient: written in turn, that meets what is done with.
     Besides, the rows whose target is in the block, and where in it.
     """
     classes, width = len(layer.weight), _width(x, layer)
-    rows, features = x.shape
-    stride = width * max(rows, features)
+    rows, stride = len(x), 0
+    if kept is not None:
+        stride = max(width * rows, width * kept.numel() // max(classes, 1))
     bounds = [*range(0, classes, width), classes]
     label = target.label
     if label is None:
@@ -246,9 +247,9 @@ def _pieces(
     places = torch.searchsorted(found, found.new_tensor(bounds)).tolist()
     for i, start in enumerate(bounds[:-1]):
         stop, slot = bounds[i + 1], None
-        if kept is not None and (i + 1) * stride <= kept.numel():
-            slot = kept[i * stride :][: rows * (stop - start)]
-            slot = slot.view(rows, stop - start)
+        size = rows * (stop - start)
+        if kept is not None and i * stride + size <= kept.numel():
+            slot = kept[i * stride :][:size].view(rows, stop - start)
         here = slice(places[i], places[i + 1])
         yield slice(start, stop), slot, order[here], found[here] - start
 
@@ -342,10 +343,11 @@ def both(
     own, (rows, features), classes = None, x.shape, len(layer.weight)
     if out.weight is not None:
         own = out.weight.flatten()
-        own = own[: own.numel() // 2 * 2].view(x.dtype)
+        # Two halves hold one logit.
+        own = None if own.numel() % 2 else own.view(x.dtype)
     # A sum over blocks of rows would be rounded in each.
     fast = fast and layer.weight.dtype == x.dtype and rows > features
-    size = max(1, features // 2 if fast else rows)
+    size = max(1, 3 * features // 8 if fast else rows)
     first = features if fast and own is not None else size
     memory = x.new_empty(size * classes) if fast else None
     starts = [0, *range(first, rows, size), rows]

@@ -139,9 +139,78 @@ def linear_cross_entropy(
     dtype: torch.dtype | None = None,
     prefer: Literal["memory", "speed"] = "memory",
 ) -> Tensor:
-    r"""The cross-entropy of a linear layer, without its logits in memory.
+    r"""Cross-entropy of a linear layer whose logits are never all there.
 
-    TODO
+    .. math::
+        \ell_n = -\sum_k q_{nk} \log p_{nk} + \zeta\, w_{t_n} (\log Z_n)^2,
+        \qquad q_{nk} = w_k \left((1 - \varepsilon)\, y_{nk} +
+        \frac{\varepsilon}{K}\right)
+
+    with the softmax :math:`p_n` and its normaliser :math:`Z_n = \sum_k
+    e^{z_{nk}}` of the logits :math:`z_n = W x_n + b`, or :math:`c \tanh(z_n
+    / c)` for a ``softcap`` c; :math:`W` = ``weight``, :math:`b` = ``bias``,
+    :math:`\zeta` = ``z_loss``; :math:`y` = ``target``, :math:`w` =
+    ``class_weight``, :math:`\varepsilon` = ``label_smoothing`` and the mean
+    as in :func:`cross_entropy`. For probabilities :math:`w_{t_n}` is one.
+
+    Args:
+        x: inputs of the layer, shape (\*batch, D); float16, bfloat16,
+            float32 or float64.
+        weight: shape (K, D), as in ``nn.Linear``; dtype and device of
+            ``x``, but for ``autocast``, where formats may mix.
+        target: class indices in [0, K), or ``ignore_index``, shape
+            (\*batch), any integer dtype; or probabilities, shape (\*batch,
+            K), any of the four formats, read a block at a time.
+        bias: shape (K), or None.
+        class_weight: weights of the classes, shape (K), floating point.
+        ignore_index: rows with this class index do not count.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        label_smoothing: between 0 and 1.
+        softcap: bound of the logits, positive; None for no bound.
+        z_loss: factor of the squared log-normaliser, at least 0.
+        dtype: the format of the loss; by default float32, or float64 for
+            float64. Gradients have the formats of ``x``, ``weight`` and
+            ``bias``.
+        prefer: ``"memory"``, or ``"speed"``, which spends memory on fewer
+            products. Without effect on halves, and for ``"none"``.
+
+    Returns:
+        The loss (nats): 0-d, or of shape (\*batch) for ``"none"``. Special
+        values as in :func:`cross_entropy`: rows that do not count may hold
+        anything, and leave no trace in a gradient.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        IndexError: a class index is out of range; it is in the message.
+        ValueError: unknown ``reduction`` or ``prefer``, ``softcap`` or
+            ``z_loss`` out of range, or another batch size of ``target``.
+        NotImplementedError: ``x`` is not floating point.
+        RuntimeError: shapes, dtypes or devices do not fit, or
+            ``label_smoothing`` is out of range.
+
+    Accuracy: that of the matrix products, in float32 for halves; no logit
+    is rounded to a half. The rest of a row is float64, and p - 1 comes from
+    the other classes.
+
+    Complexity: O(N D K) time. With gradients, ``"memory"`` takes four
+    matrix products but for a share D / N of one, and besides the gradients
+    at most max(2\ :sup:`20`, 64 N) logits at a time; ``"speed"`` takes three
+    products, and 3 D K / 8 logits. Reduction ``"none"`` and
+    ``torch.compile`` take four, and compute the gradients in the backward
+    pass. All N K logits there are only for second derivatives, forward mode,
+    ``torch.func`` and ``vmap``, and gradients in ``target`` or
+    ``class_weight``.
+
+    Example:
+        >>> import torch
+        >>> from softmaxlib import linear_cross_entropy
+        >>> x, weight = torch.tensor([[1.0, 2.0]]), torch.eye(2)
+        >>> linear_cross_entropy(x, weight, torch.tensor([1]))
+        tensor(0.3133)
+
+    Derived in the chapter *Softmax at the size of a vocabulary*. Logits in
+    blocks: Wijmans et al. (2024), arXiv:2411.09009; the sum over blocks:
+    Milakov and Gimelshein (2018), arXiv:1805.02867.
     """
     name = "linear_cross_entropy"
     _check.choice(name, "reduction", reduction, "mean", "sum", "none")

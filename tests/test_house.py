@@ -36,12 +36,13 @@ FLOORS = {
     "loss": 4,
     "online": 4,
     "sampling": 4,
+    "distributed": 5,
     "modules": 5,
     "regression": 5,
     "__init__": 6,
 }
 # These import the library, never the reverse, and may need other packages.
-ASIDE = {"plotting", "testing"}
+ASIDE = {"plotting", "processes", "testing"}
 
 TOTAL, MODULE, FUNCTION = 2600, 330, 45
 
