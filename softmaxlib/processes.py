@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import distributed, multiprocessing
 
-__all__ = ["Processes", "run_processes"]
+__all__ = ["Processes", "call_own", "run_processes"]
 
 Pipe = connection.Connection
 
@@ -157,6 +157,38 @@ def run_processes(
     """
     with Processes(world, timeout=timeout) as processes:
         return processes.run(function, *args)
+
+
+def call_own(
+    rank: int, function: Callable[..., Any], arguments: Any
+) -> tuple[Any, list[torch.Tensor]]:
+    """Call a function with the arguments of one's own rank.
+
+    For a notebook, whose own functions cannot be sent to another process.
+
+    Args:
+        rank: of this process.
+        function: from an importable module; returns a tensor.
+        arguments: for each rank a tuple of what the function takes.
+
+    Returns:
+        The result, and the gradients of its sum in those arguments that
+        require one.
+
+    Example:
+        >>> import torch
+        >>> z = torch.tensor([0.0, 0.0], requires_grad=True)
+        >>> call_own(0, torch.logsumexp, [(z, 0)])
+        (tensor(0.6931), [tensor([0.5000, 0.5000])])
+    """
+    own = arguments[rank]
+    value = function(*own)
+    leaves = [
+        x for x in own if isinstance(x, torch.Tensor) and x.requires_grad
+    ]
+    if not leaves:
+        return value, []
+    return value.detach(), list(torch.autograd.grad(value.sum(), leaves))
 
 
 def _serve(

@@ -4,12 +4,105 @@ import dataclasses
 import math
 
 import torch
+from torch import distributed
 from torch.nn import functional as F
 
 import softmaxlib
 from saboteurs import replace, saboteur
 
 CHAPTER = "16_scale"
+
+
+# --- classes on several processes ------------------------------------------
+
+# What other processes shall run stands in a module: it is sent by name.
+
+
+def _sum(value, operation=distributed.ReduceOp.SUM):
+    value = value.detach().clone()
+    distributed.all_reduce(value, operation)
+    return value
+
+
+def _shared_loss(x, weight, target, bias, log_sum):
+    """The mean loss from log_sum(local logits), with whole gradients."""
+    z = F.linear(x, weight, bias)
+    sizes = [None] * distributed.get_world_size()
+    distributed.all_gather_object(sizes, len(weight))
+    here = target - sum(sizes[: distributed.get_rank()])
+    mine = ((here >= 0) & (here < len(weight)) & (target >= 0)).to(z)
+    place = here.clamp(0, len(weight) - 1)[:, None]
+    picked = z.gather(1, place)[:, 0] * mine
+    total = log_sum(z.detach())
+    counted = (target >= 0).to(z)
+    value = ((total - _sum(picked)) * counted).sum() / counted.sum()
+    # With the gradient p - y of the classes that are here.
+    p = (z.detach() - total[:, None]).exp()
+    own = ((p * z).sum(1) - picked) * counted
+    own = own.sum() / counted.sum()
+    return value + own - own.detach()
+
+
+def _of_whole(z):
+    top = _sum(z.amax(1, keepdim=True), distributed.ReduceOp.MAX)
+    return (top + _sum((z - top).exp().sum(1, keepdim=True)).log())[:, 0]
+
+
+def loss_of_own_classes(x, weight, target, bias=None):
+    return _shared_loss(
+        x, weight, target, bias, lambda z: torch.logsumexp(z, 1)
+    )
+
+
+def loss_of_local_maxima(x, weight, target, bias=None):
+    def log_sum(z):
+        top = z.amax(1)
+        total = _sum((z - top[:, None]).exp().sum(1))
+        return _sum(top, distributed.ReduceOp.MAX) + total.log()
+
+    return _shared_loss(x, weight, target, bias, log_sum)
+
+
+def loss_with_a_local_slope(x, weight, target, bias=None):
+    return _shared_loss(x, weight, target, bias, _of_whole)
+
+
+def softmax_of_own_classes(input, dim):
+    return torch.softmax(input, dim)
+
+
+def log_sum_of_local_sums(input, dim):
+    return _sum(torch.logsumexp(input, dim))
+
+
+@saboteur(CHAPTER)
+def parallel_loss_of_own_classes(patch):
+    """Normalises over the classes of the process, not over all."""
+    replace(patch, "parallel_linear_cross_entropy", loss_of_own_classes)
+
+
+@saboteur(CHAPTER)
+def parallel_sums_of_local_maxima(patch):
+    """Adds sums that are relative to the maximum of each process."""
+    replace(patch, "parallel_linear_cross_entropy", loss_of_local_maxima)
+
+
+@saboteur(CHAPTER)
+def parallel_gradient_of_x_not_reduced(patch):
+    """Leaves the gradient of x with the part of the process's classes."""
+    replace(patch, "parallel_linear_cross_entropy", loss_with_a_local_slope)
+
+
+@saboteur(CHAPTER)
+def parallel_softmax_of_own_classes(patch):
+    """Takes the softmax of the classes of the process alone."""
+    replace(patch, "parallel_softmax", softmax_of_own_classes)
+
+
+@saboteur(CHAPTER)
+def parallel_log_sums_added(patch):
+    """Adds the log-sum-exps of the processes."""
+    replace(patch, "parallel_logsumexp", log_sum_of_local_sums)
 
 
 # --- states ---------------------------------------------------------------
