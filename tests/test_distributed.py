@@ -130,10 +130,11 @@ def test_what_is_wrong_everywhere_is_said_everywhere(run):
     for everywhere in run(ranks.everybody_wrong):
         for rank, said in enumerate(everywhere):
             assert "target out of range" in said["range"]
-            assert "integer dtype" in said["probabilities"]
+            assert "integers, got torch.float64" in said["probabilities"]
             assert "dtype=torch.float32" in said["integers"]
             assert "0-d" in said["0-d"]
             assert "once_differentiable" in said["twice"]
+            assert "torch.func cannot" in said["vmap"]
             if rank:
                 assert "not in the group" in said["group"]
 
@@ -141,12 +142,9 @@ def test_what_is_wrong_everywhere_is_said_everywhere(run):
 def test_nobody_waits_for_long(run):
     """For a rank that does not come: the timeout of the group, 1 second."""
     for said in itertools.islice(run(ranks.late, 1), 1):
-        texts = [text for i, text in enumerate(said) if i != 1]
-        for text, seconds in texts:
-            assert "rank" in text
+        for text in said[:1] + said[2:]:
             assert "waited in vain: another rank failed" in text
             assert "parallel_linear_cross_entropy(): rank" in text
-            assert seconds < 30
 
 
 def test_autocast(run):
@@ -154,10 +152,11 @@ def test_autocast(run):
         assert all(all(found) for found in everywhere)
 
 
-def test_a_process_that_dies_is_noticed_and_so_are_tensors_of_a_mesh():
+def test_tensors_of_a_mesh_then_a_compiler_then_a_process_dies():
     with Processes(2, timeout=20) as both:
         for text in both.run(ranks.dtensors, (4, 3)):
-            assert "must be sharded along its classes, Shard(1)" in text
+            assert "the classes must be Shard(1), got R" in text
+        both.run(ranks.compiled, (4, 3))
         with pytest.raises(RuntimeError) as caught:
             both.run(ranks.dies, (4, 3))
         assert "process 1: the process died" in str(caught.value)
