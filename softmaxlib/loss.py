@@ -208,7 +208,7 @@ def linear_cross_entropy(
         >>> linear_cross_entropy(x, weight, torch.tensor([1]))
         tensor(0.3133)
 
-    Derived in the chapter *Softmax at the size of a vocabulary*. Logits in
+    Derived in the chapter *From ten classes to a vocabulary*. Logits in
     blocks: Wijmans et al. (2024), arXiv:2411.09009; the sum over blocks:
     Milakov and Gimelshein (2018), arXiv:1805.02867.
     """
