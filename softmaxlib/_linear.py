@@ -58,6 +58,17 @@ class Statistics(NamedTuple):
     total: Tensor  # the sum of q_k, without the mass
 
 
+class Kept(NamedTuple):
+    """Memory, flat, for what `statistics` leaves to `gradients`.
+
+    That is exp(z - top) with the largest logit so far, which is kept, too;
+    or z itself, where a soft cap needs it for its slope.
+    """
+
+    memory: Tensor
+    tops: list[Tensor]
+
+
 class Values(NamedTuple):
     """The loss of rows, and what its derivative needs."""
 
@@ -68,11 +79,11 @@ class Values(NamedTuple):
 
 
 def statistics(
-    x: Tensor, layer: Layer, target: Target, kept: Tensor | None = None
+    x: Tensor, layer: Layer, target: Target, kept: Kept | None = None
 ) -> Statistics:
     """Of the rows of x, float32 or float64, over the classes of a layer.
 
-    As many logits as fit into `kept`, flat, stay there for `gradients`.
+    As many blocks as fit into `kept` stay there for `gradients`.
     """
     nothing = x.new_zeros((len(x), 1), dtype=_blocks.work_dtype(x))
     top, rest, picked = nothing - math.inf, nothing, nothing.clone()
@@ -88,11 +99,15 @@ def statistics(
         z[rows, at] = -math.inf
         new = torch.maximum(top, z.amax(1, True))
         shift = new.masked_fill(new == -math.inf, 0)
-        weights = torch.sub(z, shift.to(z.dtype), out=_like(space, z))
+        raw = slot is not None and layer.softcap is not None
+        weights = _like(space, z) if raw else z
+        torch.sub(z, shift.to(z.dtype), out=weights)
         part = weights.exp_().sum(1, True)
         rest, top = rest * (top - shift).exp_() + part, new
-        if slot is not None:
-            slot[rows, at] = found
+        if raw:
+            z[rows, at] = found
+        if kept is not None:
+            kept.tops.append(new)
     return Statistics(top, rest, picked, dot, total)
 
 
@@ -163,13 +178,13 @@ def gradients(
     target: Target,
     slope: Slopes,
     out: Gradients,
-    kept: Tensor | None = None,
+    kept: Kept | None = None,
     *,
     add: bool = False,
 ) -> None:
     """Write the gradients of rows; for weight and bias `add` them.
 
-    `kept` may be the memory of the weight's gradient.
+    The memory of `kept` may be that of the weight's gradient.
     """
     space, wide = _space(x, layer), x.dtype
     # What the rounding of the shift costs, the scale gives back.
@@ -180,14 +195,19 @@ def gradients(
     )
     if out.x is not None:
         out.x.zero_()
-    for classes, slot, rows, at in _pieces(x, layer, target, kept):
-        z = slot
-        if z is None:
-            z = _logits(x, layer, classes, space)
+    pieces = _pieces(x, layer, target, kept)
+    for i, (classes, slot, rows, at) in enumerate(pieces):
         cap = None
-        if layer.softcap is not None:
-            cap = (z / layer.softcap).square_().neg_().add_(1)
-        p = torch.sub(z, shift, out=_like(space, z)).exp_().mul_(scale)
+        if kept is None or slot is None or layer.softcap is not None:
+            z = slot
+            if z is None:
+                z = _logits(x, layer, classes, space)
+            if layer.softcap is not None:
+                cap = (z / layer.softcap).square_().neg_().add_(1)
+            p = torch.sub(z, shift, out=_like(space, z)).exp_().mul_(scale)
+        else:
+            part = slope.scale * (kept.tops[i] - slope.shift).exp()
+            p = torch.mul(slot, part.to(wide), out=_like(space, slot))
         for q in _given(target, classes):
             p -= share * q
         p[rows, at] = at_target[rows, 0]
@@ -227,7 +247,7 @@ def _like(space: Tensor, z: Tensor) -> Tensor:
 
 
 def _pieces(
-    x: Tensor, layer: Layer, target: Target, kept: Tensor | None
+    x: Tensor, layer: Layer, target: Target, kept: Kept | None
 ) -> Iterator[tuple[slice, Tensor | None, Tensor, Tensor]]:
     """Blocks of classes, with the place of their logits in `kept`.
 
@@ -238,7 +258,9 @@ def _pieces(
     classes, width = len(layer.weight), _width(x, layer)
     rows, stride = len(x), 0
     if kept is not None:
-        stride = max(width * rows, width * kept.numel() // max(classes, 1))
+        stride = max(
+            width * rows, width * kept.memory.numel() // max(classes, 1)
+        )
     bounds = [*range(0, classes, width), classes]
     label = target.label
     if label is None:
@@ -248,8 +270,8 @@ def _pieces(
     for i, start in enumerate(bounds[:-1]):
         stop, slot = bounds[i + 1], None
         size = rows * (stop - start)
-        if kept is not None and i * stride + size <= kept.numel():
-            slot = kept[i * stride :][:size].view(rows, stop - start)
+        if kept is not None and i * stride + size <= kept.memory.numel():
+            slot = kept.memory[i * stride :][:size].view(rows, stop - start)
         here = slice(places[i], places[i + 1])
         yield slice(start, stop), slot, order[here], found[here] - start
 
@@ -356,7 +378,8 @@ def both(
         part = slice(start, stop)
         some = Case(case.target[part], None, *case[2:])
         target, mass, square, even = _targets(x[part], layer, some)
-        kept = own if start == 0 and own is not None else memory
+        place = own if start == 0 and own is not None else memory
+        kept = None if place is None else Kept(place, [])
         found = statistics(x[part], layer, target, kept)
         value = values(found, mass, square, target.label is not None)
         total += (value.loss * share[part]).sum()
