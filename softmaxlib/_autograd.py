@@ -52,6 +52,12 @@ def is_wrapped(value: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
+def is_all(flags: Tensor) -> bool:
+    """Whether all flags are known to be true."""
+    known = route(flags) != "plain" and not is_wrapped(flags)
+    return known and bool(flags.all())
+
+
 def is_shape_only(x: Tensor) -> bool:
     """Whether a tensor has a shape, but no values to draw by."""
     # Private: there is no other name for tensors that are fake.
@@ -403,8 +409,6 @@ class Loss(LossGradient):
 
 # --- the loss of a linear layer ------------------------------------------
 
-_NAME = "softmaxlib::linear_loss"
-
 
 def linear_loss(
     x: Tensor,
@@ -426,14 +430,13 @@ def linear_loss(
     if way != "kernel" and (_transforms() or _wants(case)):
         way = "plain"
     elif torch.compiler.is_compiling():
-        rows = _linear_rows(*arguments)[0]
+        rows = _linear_losses(*arguments, fast)
         return rows if share is None else (rows * share).sum()
     with exactly(x):
         if way == "watched":
-            value: Tensor = call(LinearLoss, share, fast, *arguments)
-            return value
-        if way == "kernel":
-            rows = _linear.forward(*_linear.parted(arguments)).loss
+            rows, share = call(LinearLoss, share, fast, *arguments), None
+        elif way == "kernel":
+            rows = _linear.losses(*_linear.parted(arguments))
         else:
             rows = _plain.linear_loss(*arguments)
     return rows if share is None else (rows * share).sum()
@@ -463,35 +466,32 @@ class LinearLoss(Function):
     def forward(
         ctx: Any, share: Tensor | None, fast: bool, *arguments: Any
     ) -> Tensor:
-        x, layer, case = _linear.parted(arguments)
         ctx.save_for_backward(*arguments[:3])
-        ctx.rest, ctx.share, ctx.found = arguments[3:], share, None
-        ctx.values = None
+        ctx.options, ctx.found = (share, fast, arguments[3:]), None
+        parts = _linear.parted(arguments)
         if share is None:
-            ctx.values = values = _linear.forward(x, layer, case)
-            return values.loss
+            return _linear.losses(*parts)
         needs = ctx.needs_input_grad[2:5]
-        total, ctx.found = _linear.both(x, layer, case, share, needs, fast)
+        total, ctx.found = _linear.both(*parts, share, needs, fast)
         return total
 
     @staticmethod
     def backward(ctx: Any, c: Tensor) -> tuple[Any, ...]:
-        arguments, share = (*ctx.saved_tensors, *ctx.rest), ctx.share
-        needs, found = ctx.needs_input_grad[2:5], ctx.found
-        ctx.found = None
-        x, layer, case = _linear.parted(arguments)
-        with exactly(x):
+        share, fast, rest = ctx.options
+        arguments, needs = (*ctx.saved_tensors, *rest), ctx.needs_input_grad
+        found, ctx.found = ctx.found, None
+        with exactly(c):
             if torch.is_grad_enabled() or route(c) == "plain":
-                found = _again(arguments, needs, share, c)
+                found = _again(arguments, needs[2:5], share, c)
             elif found is None:
-                values = ctx.values or _linear.forward(x, layer, case)
-                c = c if share is None else share * c
-                found = _linear.backward(x, layer, case, values, c, needs)
+                each = c if share is None else share * c
+                parts = _linear.parted(arguments)
+                _, found = _linear.both(*parts, each, needs[2:5], fast)
             elif c != 1:
                 for part in found:
                     if part is not None:
                         part.mul_(c)
-        return None, None, *found, *(None for _ in ctx.rest)
+        return None, None, *found, *(None for _ in rest)
 
 
 def _again(
@@ -509,85 +509,62 @@ def _again(
 
 
 # A compiler sees one operation in each direction, and no logits.
+_ARGUMENTS = (
+    "Tensor x, Tensor weight, Tensor? bias, float? softcap, Tensor target, "
+    "Tensor? class_weight, float smoothing, float square"
+)
 
 
-@torch.library.custom_op(_NAME, mutates_args=())
-def _linear_rows(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    target: Tensor,
-    counts: Tensor | None,
-    class_weight: Tensor | None,
-    smoothing: float,
-    square: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = counts, class_weight, smoothing, square
-    arguments = x, weight, bias, softcap, target, *options
-    with exactly(x):
-        found = _linear.forward(*_linear.parted(arguments))
-    loss, logsumexp, surprise, total = found
-    # No two may share memory.
-    return loss, logsumexp, surprise, total.clone()
+@torch.library.custom_op(
+    "softmaxlib::linear_losses",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}, bool fast) -> Tensor",
+)
+def _linear_losses(*arguments: Any) -> Tensor:
+    with exactly(arguments[0]):
+        return _linear.losses(*_linear.parted(arguments[:-1]))
 
 
-@torch.library.custom_op(f"{_NAME}_backward", mutates_args=())
+@torch.library.custom_op(
+    "softmaxlib::linear_gradients",
+    mutates_args=(),
+    schema=f"(Tensor share, bool[] needs, {_ARGUMENTS}, bool fast)"
+    " -> (Tensor, Tensor, Tensor)",
+)
 def _linear_gradients(
-    needs: Sequence[bool],
-    c: Tensor,
-    values: Sequence[Tensor],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    target: Tensor,
-    counts: Tensor | None,
-    class_weight: Tensor | None,
-    smoothing: float,
-    square: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    options = counts, class_weight, smoothing, square
-    arguments = x, weight, bias, softcap, target, *options
-    found = _linear.backward(
-        *_linear.parted(arguments), _linear.Values(*values), c, needs
-    )
-    in_x, in_weight, in_bias = (
-        x.new_empty(0) if g is None else g for g in found
-    )
-    return in_x, in_weight, in_bias
+    share: Tensor, needs: Any, *arguments: Any
+) -> tuple[Tensor, ...]:
+    x, layer, case = _linear.parted(arguments[:-1])
+    with exactly(x):
+        _, found = _linear.both(x, layer, case, share, needs, arguments[-1])
+    return tuple(x.new_empty(0) if g is None else g for g in found)
 
 
-@_linear_rows.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    shape, wide = (len(x), 1), _blocks.work_dtype(x)
-    return tuple(x.new_empty(shape, dtype=wide) for _ in range(4))
+@_linear_losses.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((len(x), 1), dtype=_blocks.work_dtype(x))
 
 
 @_linear_gradients.register_fake
-def _(needs: Any, c: Any, values: Any, *inputs: Any) -> tuple[Tensor, ...]:
-    pairs = zip(inputs[:3], needs, strict=True)
-    return tuple(
-        t.new_empty(t.shape) if n else inputs[0].new_empty(0)
-        for t, n in pairs
-    )
+def _(share: Tensor, needs: Any, x: Any, *rest: Any) -> tuple[Tensor, ...]:
+    pairs = zip((x, *rest[:2]), needs, strict=True)
+    return tuple(x.new_empty(t.shape if n else (0,)) for t, n in pairs)
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs[:3], *inputs[4:7], *output)
-    ctx.options = inputs[3], inputs[7:]
+    ctx.save_for_backward(*inputs[:3], *inputs[4:6])
+    ctx.options = inputs[3], inputs[6:]
 
 
-def _pull(ctx: Any, c: Tensor, *_: Any) -> tuple[Any, ...]:
-    softcap, options = ctx.options
-    x, weight, bias, *rest = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
-    found = _linear_gradients(
-        needs, c, rest[3:], x, weight, bias, softcap, *rest[:3], *options
-    )
+def _pull(ctx: Any, c: Tensor) -> tuple[Any, ...]:
+    *layer, target, weight = ctx.saved_tensors
+    (softcap, rest), needs = ctx.options, ctx.needs_input_grad[:3]
+    case = softcap, target, weight, *rest
+    found = _linear_gradients(c, list(needs), *layer, *case)
     pairs = zip(found, needs, strict=True)
-    parts = [g if need else None for g, need in pairs]
-    return *parts, *(None for _ in range(6))
+    return *(g if need else None for g, need in pairs), *(
+        None for _ in range(6)
+    )
 
 
-_linear_rows.register_autograd(_pull, setup_context=_save)
+_linear_losses.register_autograd(_pull, setup_context=_save)
