@@ -369,7 +369,7 @@ def both(
     )
     for start, stop in itertools.pairwise(starts):
         at = slice(start, stop)
-        some = case._replace(target=case.target[at])
+        some = Case(case.target[at], *case[1:])
         target, mass, square, even = _targets(x[at], layer, some)
         place = own if start == 0 and own is not None else memory
         kept = None if place is None else Kept(place, [])
@@ -377,7 +377,8 @@ def both(
         value = values(found, mass, square, target.label is not None)
         total += (value.loss * share[at]).sum()
         slope = slopes(value, mass, square, share[at], even)
-        part = out._replace(x=None if out.x is None else out.x[at])
+        in_x = None if out.x is None else out.x[at]
+        part = Gradients(in_x, *out[1:])
         gradients(x[at], layer, target, slope, part, kept, add=start > 0)
     in_x, in_weight, in_bias = out
     in_x = None if in_x is None else in_x.to(dtype)

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from softmaxlib import _autograd, _blocks, _check, _linear
+from softmaxlib import _autograd, _blocks, _check, _fused, _linear
 
 __all__ = [
     "cross_entropy",
@@ -232,7 +232,7 @@ def linear_cross_entropy(
         share = counts.to(divisor.dtype)
         if reduction == "mean":
             share = share / divisor.masked_fill(divisor == 0, 1)
-    value = _autograd.linear_loss(
+    value = _fused.linear_loss(
         rows, weight, bias, softcap, case, share, prefer == "speed"
     )
     if reduction == "none":
