@@ -589,8 +589,8 @@ class _Totals(Function):
         layer = _linear.Layer(weight, bias)
         target, kept = _linear.Target(index.squeeze(1), even), None
         if ctx.needs_input_grad[1] and weight.dtype == x.dtype:
-            # The place of the gradient is one for logits until then.
-            kept = x.new_empty(weight.numel())
+            # The place of the gradient is one for weights until then.
+            kept = _linear.Kept(x.new_empty(weight.numel()), [])
         with _autograd.exactly(x):
             found = _linear.statistics(x, layer, target, kept)
         ctx.save_for_backward(x, weight, bias)
@@ -606,7 +606,7 @@ class _Totals(Function):
         rest, picked, dot = c
         # A second backward pass computes the logits again.
         kept, ctx.kept = ctx.kept, None
-        place = weight.new_empty(weight.numel()) if kept is None else kept
+        place = torch.empty_like(weight) if kept is None else kept.memory
         needs = ctx.needs_input_grad
         out = _linear.Gradients(
             torch.empty_like(x) if needs[0] else None,
