@@ -7,14 +7,14 @@ What PyTorch keeps to itself is asked here and nowhere else;
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from softmaxlib import _blocks, _check, _kernels, _linear, _plain
+from softmaxlib import _check, _kernels, _plain
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
 
@@ -50,6 +50,18 @@ def route(*values: Any) -> Literal["plain", "watched", "kernel"]:
 def is_wrapped(value: Tensor) -> bool:
     """Whether a functorch transform hides the values of a tensor."""
     return torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def is_transformed() -> bool:
+    """Whether functorch, or forward mode, is at work."""
+    active = torch._C._are_functorch_transforms_active()
+    return active or forward_ad._current_level >= 0
+
+
+def is_all(flags: Tensor) -> bool:
+    """Whether all flags are known to be true."""
+    known = route(flags) != "plain" and not is_wrapped(flags)
+    return known and bool(flags.all())
 
 
 def is_shape_only(x: Tensor) -> bool:
@@ -399,195 +411,3 @@ class Loss(LossGradient):
             only = (False, False, True)
             found[2] = super().pull(only, saved, options, c)[2]
         return found
-
-
-# --- the loss of a linear layer ------------------------------------------
-
-_NAME = "softmaxlib::linear_loss"
-
-
-def linear_loss(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    case: _linear.Case,
-    share: Tensor | None,
-    fast: bool,
-) -> Tensor:
-    """The losses (N, 1), or for shares (N, 1) the sum of share times loss.
-
-    No way of computing it has all logits, but that for derivatives of
-    derivatives, of transforms and in targets and class weights.
-    """
-    arguments = x, weight, bias, softcap, *case
-    rows: Tensor
-    way = route(x, weight, bias, case.target, case.weight)
-    if way != "kernel" and (_transforms() or _wants(case)):
-        way = "plain"
-    elif torch.compiler.is_compiling():
-        rows = _linear_rows(*arguments)[0]
-        return rows if share is None else (rows * share).sum()
-    with exactly(x):
-        if way == "watched":
-            value: Tensor = call(LinearLoss, share, fast, *arguments)
-            return value
-        if way == "kernel":
-            rows = _linear.forward(*_linear.parted(arguments)).loss
-        else:
-            rows = _plain.linear_loss(*arguments)
-    return rows if share is None else (rows * share).sum()
-
-
-def _wants(case: _linear.Case) -> bool:
-    """Whether a derivative in target or class weights may be asked for."""
-    given = case.target, case.weight
-    wanted = any(t is not None and t.requires_grad for t in given)
-    return wanted and torch.is_grad_enabled()
-
-
-def _transforms() -> bool:
-    """Whether functorch, or forward mode, is at work."""
-    active = torch._C._are_functorch_transforms_active()
-    return active or forward_ad._current_level >= 0
-
-
-class LinearLoss(Function):
-    """(share, fast, x, weight, bias, softcap, *case).
-
-    With shares the forward pass has the gradients, and the first backward
-    pass takes them; another one computes them again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, share: Tensor | None, fast: bool, *arguments: Any
-    ) -> Tensor:
-        x, layer, case = _linear.parted(arguments)
-        ctx.save_for_backward(*arguments[:3])
-        ctx.rest, ctx.share, ctx.found = arguments[3:], share, None
-        ctx.values = None
-        if share is None:
-            ctx.values = values = _linear.forward(x, layer, case)
-            return values.loss
-        needs = ctx.needs_input_grad[2:5]
-        total, ctx.found = _linear.both(x, layer, case, share, needs, fast)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, c: Tensor) -> tuple[Any, ...]:
-        arguments, share = (*ctx.saved_tensors, *ctx.rest), ctx.share
-        needs, found = ctx.needs_input_grad[2:5], ctx.found
-        ctx.found = None
-        x, layer, case = _linear.parted(arguments)
-        with exactly(x):
-            if torch.is_grad_enabled() or route(c) == "plain":
-                found = _again(arguments, needs, share, c)
-            elif found is None:
-                values = ctx.values or _linear.forward(x, layer, case)
-                c = c if share is None else share * c
-                found = _linear.backward(x, layer, case, values, c, needs)
-            elif c != 1:
-                for part in found:
-                    if part is not None:
-                        part.mul_(c)
-        return None, None, *found, *(None for _ in ctx.rest)
-
-
-def _again(
-    arguments: Any, needs: Sequence[bool], share: Tensor | None, c: Tensor
-) -> list[Tensor | None]:
-    """The gradients in differentiable operations, with all logits."""
-    with torch.enable_grad():
-        rows = _plain.linear_loss(*arguments)
-        value = rows if share is None else (rows * share).sum()
-        wanted = [i for i, need in enumerate(needs) if need]
-        tensors = [arguments[i] for i in wanted]
-        parts = torch.autograd.grad(value, tensors, c, create_graph=True)
-    found = dict(zip(wanted, parts, strict=True))
-    return [found.get(i) for i in range(3)]
-
-
-# A compiler sees one operation in each direction, and no logits.
-
-
-@torch.library.custom_op(_NAME, mutates_args=())
-def _linear_rows(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    target: Tensor,
-    counts: Tensor | None,
-    class_weight: Tensor | None,
-    smoothing: float,
-    square: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = counts, class_weight, smoothing, square
-    arguments = x, weight, bias, softcap, target, *options
-    with exactly(x):
-        found = _linear.forward(*_linear.parted(arguments))
-    loss, logsumexp, surprise, total = found
-    # No two may share memory.
-    return loss, logsumexp, surprise, total.clone()
-
-
-@torch.library.custom_op(f"{_NAME}_backward", mutates_args=())
-def _linear_gradients(
-    needs: Sequence[bool],
-    c: Tensor,
-    values: Sequence[Tensor],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    target: Tensor,
-    counts: Tensor | None,
-    class_weight: Tensor | None,
-    smoothing: float,
-    square: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    options = counts, class_weight, smoothing, square
-    arguments = x, weight, bias, softcap, target, *options
-    found = _linear.backward(
-        *_linear.parted(arguments), _linear.Values(*values), c, needs
-    )
-    in_x, in_weight, in_bias = (
-        x.new_empty(0) if g is None else g for g in found
-    )
-    return in_x, in_weight, in_bias
-
-
-@_linear_rows.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    shape, wide = (len(x), 1), _blocks.work_dtype(x)
-    return tuple(x.new_empty(shape, dtype=wide) for _ in range(4))
-
-
-@_linear_gradients.register_fake
-def _(needs: Any, c: Any, values: Any, *inputs: Any) -> tuple[Tensor, ...]:
-    pairs = zip(inputs[:3], needs, strict=True)
-    return tuple(
-        t.new_empty(t.shape) if n else inputs[0].new_empty(0)
-        for t, n in pairs
-    )
-
-
-def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs[:3], *inputs[4:7], *output)
-    ctx.options = inputs[3], inputs[7:]
-
-
-def _pull(ctx: Any, c: Tensor, *_: Any) -> tuple[Any, ...]:
-    softcap, options = ctx.options
-    x, weight, bias, *rest = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
-    found = _linear_gradients(
-        needs, c, rest[3:], x, weight, bias, softcap, *rest[:3], *options
-    )
-    pairs = zip(found, needs, strict=True)
-    parts = [g if need else None for g, need in pairs]
-    return *parts, *(None for _ in range(6))
-
-
-_linear_rows.register_autograd(_pull, setup_context=_save)

@@ -58,6 +58,17 @@ class Statistics(NamedTuple):
     total: Tensor  # the sum of q_k, without the mass
 
 
+class Kept(NamedTuple):
+    """Memory, flat, for what `statistics` leaves to `gradients`.
+
+    That is exp(z - top) with the largest logit so far, which is kept, too;
+    or z itself, where a soft cap needs it for its slope.
+    """
+
+    memory: Tensor
+    tops: list[Tensor]
+
+
 class Values(NamedTuple):
     """The loss of rows, and what its derivative needs."""
 
@@ -68,11 +79,11 @@ class Values(NamedTuple):
 
 
 def statistics(
-    x: Tensor, layer: Layer, target: Target, kept: Tensor | None = None
+    x: Tensor, layer: Layer, target: Target, kept: Kept | None = None
 ) -> Statistics:
     """Of the rows of x, float32 or float64, over the classes of a layer.
 
-    As many logits as fit into `kept`, flat, stay there for `gradients`.
+    As many blocks as fit into `kept` stay there for `gradients`.
     """
     nothing = x.new_zeros((len(x), 1), dtype=_blocks.work_dtype(x))
     top, rest, picked = nothing - math.inf, nothing, nothing.clone()
@@ -88,11 +99,15 @@ def statistics(
         z[rows, at] = -math.inf
         new = torch.maximum(top, z.amax(1, True))
         shift = new.masked_fill(new == -math.inf, 0)
-        weights = torch.sub(z, shift.to(z.dtype), out=_like(space, z))
+        raw = slot is not None and layer.softcap is not None
+        weights = _like(space, z) if raw else z
+        torch.sub(z, shift.to(z.dtype), out=weights)
         part = weights.exp_().sum(1, True)
         rest, top = rest * (top - shift).exp_() + part, new
-        if slot is not None:
-            slot[rows, at] = found
+        if raw:
+            z[rows, at] = found
+        if kept is not None:
+            kept.tops.append(new)
     return Statistics(top, rest, picked, dot, total)
 
 
@@ -163,31 +178,22 @@ def gradients(
     target: Target,
     slope: Slopes,
     out: Gradients,
-    kept: Tensor | None = None,
+    kept: Kept | None = None,
     *,
     add: bool = False,
 ) -> None:
     """Write the gradients of rows; for weight and bias `add` them.
 
-    `kept` may be the memory of the weight's gradient.
+    The memory of `kept` may be that of the weight's gradient.
     """
     space, wide = _space(x, layer), x.dtype
-    # What the rounding of the shift costs, the scale gives back.
-    shift = slope.shift.to(wide)
-    scale = slope.scale * (shift - slope.shift).exp()
-    scale, share, at_target = (
-        v.to(wide) for v in (scale, slope.share, slope.at_target)
-    )
+    share, at_target = slope.share.to(wide), slope.at_target.to(wide)
     if out.x is not None:
         out.x.zero_()
-    for classes, slot, rows, at in _pieces(x, layer, target, kept):
-        z = slot
-        if z is None:
-            z = _logits(x, layer, classes, space)
-        cap = None
-        if layer.softcap is not None:
-            cap = (z / layer.softcap).square_().neg_().add_(1)
-        p = torch.sub(z, shift, out=_like(space, z)).exp_().mul_(scale)
+    pieces = _pieces(x, layer, target, kept)
+    for i, (classes, slot, rows, at) in enumerate(pieces):
+        top = None if kept is None or slot is None else kept.tops[i]
+        p, cap = _scaled(x, layer, classes, slot, top, slope, space)
         for q in _given(target, classes):
             p -= share * q
         p[rows, at] = at_target[rows, 0]
@@ -212,6 +218,32 @@ def gradients(
             out.bias[classes] = out.bias[classes] * float(add) + sums
 
 
+def _scaled(
+    x: Tensor,
+    layer: Layer,
+    classes: slice,
+    slot: Tensor | None,
+    top: Tensor | None,
+    slope: Slopes,
+    space: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """scale exp(z - shift) of a block, and the slope of the soft cap."""
+    if slot is not None and top is not None and layer.softcap is None:
+        scale = slope.scale * (top - slope.shift).exp()
+        return torch.mul(
+            slot, scale.to(x.dtype), out=_like(space, slot)
+        ), None
+    z = _logits(x, layer, classes, space) if slot is None else slot
+    cap = None
+    if layer.softcap is not None:
+        cap = (z / layer.softcap).square_().neg_().add_(1)
+    # What the rounding of the shift costs, the scale gives back.
+    shift = slope.shift.to(x.dtype)
+    scale = slope.scale * (shift - slope.shift).exp()
+    p = torch.sub(z, shift, out=_like(space, z)).exp_()
+    return p.mul_(scale.to(x.dtype)), cap
+
+
 def _width(x: Tensor, layer: Layer) -> int:
     """The classes of a block."""
     fewest = max(_FEWEST, _SIZE // max(len(x), 1))
@@ -227,7 +259,7 @@ def _like(space: Tensor, z: Tensor) -> Tensor:
 
 
 def _pieces(
-    x: Tensor, layer: Layer, target: Target, kept: Tensor | None
+    x: Tensor, layer: Layer, target: Target, kept: Kept | None
 ) -> Iterator[tuple[slice, Tensor | None, Tensor, Tensor]]:
     """Blocks of classes, with the place of their logits in `kept`.
 
@@ -238,7 +270,9 @@ def _pieces(
     classes, width = len(layer.weight), _width(x, layer)
     rows, stride = len(x), 0
     if kept is not None:
-        stride = max(width * rows, width * kept.numel() // max(classes, 1))
+        stride = max(
+            width * rows, width * kept.memory.numel() // max(classes, 1)
+        )
     bounds = [*range(0, classes, width), classes]
     label = target.label
     if label is None:
@@ -248,8 +282,8 @@ def _pieces(
     for i, start in enumerate(bounds[:-1]):
         stop, slot = bounds[i + 1], None
         size = rows * (stop - start)
-        if kept is not None and i * stride + size <= kept.numel():
-            slot = kept[i * stride :][:size].view(rows, stop - start)
+        if kept is not None and i * stride + size <= kept.memory.numel():
+            slot = kept.memory[i * stride :][:size].view(rows, stop - start)
         here = slice(places[i], places[i + 1])
         yield slice(start, stop), slot, order[here], found[here] - start
 
@@ -281,7 +315,6 @@ class Case(NamedTuple):
     """The targets of N rows, and how their losses are made of them."""
 
     target: Tensor  # (N), int64, or (N, K), floating point
-    counts: Tensor | None  # (N), bool: which rows do; all if None
     weight: Tensor | None  # (K), of the classes, in the widest format
     smoothing: float = 0.0
     square: float = 0.0  # the factor of (log Z)^2
@@ -293,33 +326,12 @@ def parted(arguments: Sequence[Any]) -> tuple[Tensor, Layer, Case]:
     return x, Layer(weight, bias, softcap), Case(*case)
 
 
-def forward(x: Tensor, layer: Layer, case: Case) -> Values:
-    """The values of N rows, 0 where a row does not count."""
-    x, case, here = _counting(x, case, len(layer.weight))
+def losses(x: Tensor, layer: Layer, case: Case) -> Tensor:
+    """Of all rows, (N, 1), in one product."""
+    x = _widened(x)
     target, mass, square, _ = _targets(x, layer, case)
     found = statistics(x, layer, target)
-    result = values(found, mass, square, target.label is not None)
-    return Values(*(_put(v, here) for v in result))
-
-
-def backward(
-    x: Tensor,
-    layer: Layer,
-    case: Case,
-    value: Values,
-    share: Tensor,
-    needs: Sequence[bool],
-) -> Gradients:
-    """The gradients of the sum of share times loss, from scratch."""
-    kind = x
-    x, case, here = _counting(x, case, len(layer.weight))
-    if here is not None:
-        value, share = Values(*(v[here[0]] for v in value)), share[here[0]]
-    target, mass, square, even = _targets(x, layer, case)
-    slope = slopes(value, mass, square, share, even)
-    out = _empty(x, layer, needs)
-    gradients(x, layer, target, slope, out)
-    return _finished(out, kind, layer, here)
+    return values(found, mass, square, target.label is not None).loss
 
 
 def both(
@@ -330,101 +342,68 @@ def both(
     needs: Sequence[bool],
     fast: bool,
 ) -> tuple[Tensor, Gradients]:
-    """The sum of share times loss, and its gradients.
+    """The sum of share times loss, and the gradients that it needs.
 
     The memory of the weight's gradient holds logits until it is written:
     those of D rows, or a part of those of all. If `fast`, the rows that
     follow the first D go by in blocks whose logits are kept, too.
     """
-    kind = x
-    x, case, here = _counting(x, case, len(layer.weight))
-    share = share if here is None else share[here[0]]
-    out = _empty(x, layer, needs)
-    own, (rows, features), classes = None, x.shape, len(layer.weight)
-    if out.weight is not None:
-        own = out.weight.flatten()
-        # Two halves hold one logit.
-        own = None if own.numel() % 2 else own.view(x.dtype)
-    # A sum over blocks of rows would be rounded in each.
-    fast = fast and layer.weight.dtype == x.dtype and rows > features
+    dtype, x, weight = x.dtype, _widened(x), layer.weight
+    out = Gradients(
+        torch.empty_like(x) if needs[0] else None,
+        weight.new_empty(weight.shape) if needs[1] else None,
+        x.new_zeros(len(weight)) if needs[2] else None,
+    )
+    rows, features = x.shape
+    own = None
+    if out.weight is not None and not out.weight.numel() % 2:
+        own = out.weight.flatten().view(x.dtype)  # two halves hold one
+    # A sum of halves over blocks of rows would be rounded in each.
+    fast = fast and weight.dtype == x.dtype and rows > features
     size = max(1, 3 * features // 8 if fast else rows)
+    memory = x.new_empty(size * len(weight)) if fast else None
     first = features if fast and own is not None else size
-    memory = x.new_empty(size * classes) if fast else None
-    starts = [0, *range(first, rows, size), rows]
-    total = share.new_zeros(())
+    total, starts = (
+        share.new_zeros(()),
+        [0, *range(first, rows, size), rows],
+    )
     for start, stop in itertools.pairwise(starts):
-        part = slice(start, stop)
-        some = Case(case.target[part], None, *case[2:])
-        target, mass, square, even = _targets(x[part], layer, some)
-        kept = own if start == 0 and own is not None else memory
-        found = statistics(x[part], layer, target, kept)
+        at = slice(start, stop)
+        some = Case(case.target[at], *case[1:])
+        target, mass, square, even = _targets(x[at], layer, some)
+        place = own if start == 0 and own is not None else memory
+        kept = None if place is None else Kept(place, [])
+        found = statistics(x[at], layer, target, kept)
         value = values(found, mass, square, target.label is not None)
-        total += (value.loss * share[part]).sum()
-        slope = slopes(value, mass, square, share[part], even)
-        some_x = None if out.x is None else out.x[part]
-        where = Gradients(some_x, out.weight, out.bias)
-        gradients(x[part], layer, target, slope, where, kept, add=start > 0)
-    return total, _finished(out, kind, layer, here)
+        total += (value.loss * share[at]).sum()
+        slope = slopes(value, mass, square, share[at], even)
+        in_x = None if out.x is None else out.x[at]
+        part = Gradients(in_x, *out[1:])
+        gradients(x[at], layer, target, slope, part, kept, add=start > 0)
+    in_x, in_weight, in_bias = out
+    in_x = None if in_x is None else in_x.to(dtype)
+    in_bias = None if in_bias is None else in_bias.to(dtype)
+    return total, Gradients(in_x, in_weight, in_bias)
 
 
-def _counting(
-    x: Tensor, case: Case, classes: int
-) -> tuple[Tensor, Case, tuple[Tensor, int] | None]:
-    """The rows that count, in the working format, and where they stood."""
-    here, size = None, len(x)
-    if case.counts is not None and not case.counts.all():
-        here = case.counts.nonzero().squeeze(1)
-        x, case = x[here], Case(case.target[here], None, *case[2:])
-    if not case.target.is_floating_point():
-        # Here, as only here the values can be read in every mode.
-        _check.in_range("linear_cross_entropy", case.target, classes)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x, case, None if here is None else (here, size)
-
-
-def _put(value: Tensor, here: tuple[Tensor, int] | None) -> Tensor:
-    """The rows of `_counting` back in their places."""
-    if here is None:
-        return value
-    result = value.new_zeros(here[1], *value.shape[1:])
-    return result.index_copy_(0, here[0], value)
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _targets(
     x: Tensor, layer: Layer, case: Case
 ) -> tuple[Target, Tensor, Tensor, Tensor | float]:
-    """The target, its mass, the factor of (log Z)^2, `even` at the target."""
-    t, w, eps = case.target, case.weight, case.smoothing
+    """The target, its mass, the factor of (log Z)^2, `even` at it."""
+    t, w, eps, classes = case.target, case.weight, case.smoothing, layer[0]
     one = x.new_ones((len(x), 1), dtype=_blocks.work_dtype(x))
-    classes, square = len(layer.weight), one * case.square
-    each = one.new_ones(classes) if w is None else w
-    even = (each * (eps / max(classes, 1))).to(x.dtype) if eps else None
+    square, size = one * case.square, len(classes)
+    each = one.new_ones(size) if w is None else w
+    even = (each * (eps / max(size, 1))).to(x.dtype) if eps else None
     if t.is_floating_point():
         gain = (each * (1 - eps)).to(x.dtype)
         return Target(None, even, t, gain), one * 0, square, 0.0
+    # Here, as only here the values can be read in every mode.
+    _check.in_range("linear_cross_entropy", t, size)
     mass = one if w is None else w[t].unsqueeze(1)
     at = 0.0 if even is None else even[t].unsqueeze(1)
     return Target(t, even), mass * (1 - eps), mass * square, at
-
-
-def _empty(x: Tensor, layer: Layer, needs: Sequence[bool]) -> Gradients:
-    weight = layer.weight
-    return Gradients(
-        torch.empty_like(x) if needs[0] else None,
-        weight.new_empty(weight.shape) if needs[1] else None,
-        x.new_zeros(len(weight)) if needs[2] else None,
-    )
-
-
-def _finished(
-    out: Gradients,
-    x: Tensor,
-    layer: Layer,
-    here: tuple[Tensor, int] | None,
-) -> Gradients:
-    """In the formats of x, weight and bias, and all rows of x."""
-    in_x = None if out.x is None else _put(out.x, here).to(x.dtype)
-    in_bias = out.bias
-    if in_bias is not None and layer.bias is not None:
-        in_bias = in_bias.to(layer.bias.dtype)
-    return Gradients(in_x, out.weight, in_bias)

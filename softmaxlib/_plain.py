@@ -236,14 +236,11 @@ def linear_loss(
     bias: Mask,
     softcap: float | None,
     target: Tensor,
-    counts: Mask,
     w: Mask,
     eps: float,
     square: float,
 ) -> Tensor:
     """The losses of `_linear` by way of all logits."""
-    if counts is not None:
-        x = x.masked_fill(~counts.unsqueeze(1), 0)
     wide = torch.promote_types(x.dtype, torch.float32)
     bias = None if bias is None else bias.to(wide)
     z = torch.nn.functional.linear(x.to(wide), weight.to(wide), bias)
@@ -259,4 +256,4 @@ def linear_loss(
             factor = factor * w.gather(1, target)
         penalty = logsumexp(widen(z), None, 1, 1.0).square()
         rows = rows + (factor * penalty).masked_fill(factor == 0, 0)
-    return rows if counts is None else rows * counts.unsqueeze(1)
+    return rows

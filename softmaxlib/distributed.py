@@ -11,9 +11,11 @@ backward pass starts from it on every rank. Nothing is added up over ranks
 or divided by their number but what the formulas say.
 """
 
+import functools
 import math
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -31,6 +33,23 @@ __all__ = [
 ]
 
 
+Public = TypeVar("Public", bound=Callable[..., Tensor])
+
+
+def _uncompiled(function: Public) -> Public:
+    """Let a compiler that is at work go round a function."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Tensor:
+        way = function
+        if "torch._dynamo" in sys.modules:  # which is slow to import
+            way = torch.compiler.disable(function)
+        return way(*arguments, **options)
+
+    return call  # type: ignore[return-value]
+
+
+@_uncompiled
 def parallel_logsumexp(
     input: Tensor, dim: int, *, group: Any = None, keepdim: bool = False
 ) -> Tensor:
@@ -68,7 +87,9 @@ def parallel_logsumexp(
             instead. A 0-d ``input``; a DTensor that is sharded otherwise.
 
     Accuracy: computed in float64 and rounded once. Derivatives: one backward
-    pass, which needs no communication.
+    pass, which needs no communication. A second one, forward mode and
+    ``torch.func`` are refused; ``torch.compile`` goes round these functions,
+    unless ``fullgraph=True`` forbids it.
 
     Complexity: a few float64 tensors of the size of ``input``; two
     all-reduces of a number for each row, after an exchange of a few hundred
@@ -93,11 +114,13 @@ def parallel_logsumexp(
     z, high = team.logits(x, dim)
     # What is infinite may well stand as it is.
     high = high.masked_fill(high.isinf(), 0)
-    total = team.sum((z - high).exp().sum(dim, keepdim=True))
+    total = (z - high).exp().sum(dim, keepdim=True)
+    total = _autograd.call(_Sum, team, True, total)
     value = (high + total.log()).to(team.dtype)
     return team.whole(value if keepdim else value.squeeze(dim))
 
 
+@_uncompiled
 def parallel_softmax(
     input: Tensor, dim: int, *, group: Any = None, temperature: float = 1.0
 ) -> Tensor:
@@ -151,6 +174,7 @@ def parallel_softmax(
     return team.whole(_autograd.call(_Softmax, team, x, dim, T), input)
 
 
+@_uncompiled
 def parallel_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -232,10 +256,10 @@ def parallel_cross_entropy(
     rest = (others - high).exp().sum(dim, keepdim=True)
     dot = z.narrow(dim, 0, team.here).sum(dim, keepdim=True)
     sums = rest, found.where(here, 0), dot
-    loss = _loss(team, high, sums, silent, options)
-    return team.whole(loss.squeeze(dim) if reduction == "none" else loss)
+    return _loss(team, high, sums, silent, options)
 
 
+@_uncompiled
 def parallel_linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -316,18 +340,13 @@ def parallel_linear_cross_entropy(
     top, rest, *others = _autograd.call(
         _Totals, rows, w, bias, index, label_smoothing
     )
-    high = team.largest(top)
+    high = team.reduce(top, "MAX")
     rest = rest * (top - high).exp().masked_fill(top == high, 1)
-    loss = _loss(team, high, (rest, *others), silent, options)
-    return team.whole(loss.view(t.shape) if reduction == "none" else loss)
+    return _loss(team, high, (rest, *others), silent, options)
 
 
 def _loss(
-    team: "_Team",
-    high: Tensor,
-    sums: tuple[Tensor, ...],
-    silent: Tensor,
-    options: tuple[int, str, float],
+    team: "_Team", high: Tensor, sums: Any, silent: Tensor, options: Any
 ) -> Tensor:
     """From what each rank has found in its classes, for each row.
 
@@ -335,7 +354,7 @@ def _loss(
     target or 0, and the sum of z.
     """
     _, reduction, eps = options
-    rest, picked, dot = team.sum(torch.stack(sums)).unbind()
+    rest, picked, dot = _autograd.call(_Sum, team, True, torch.stack(sums))
     # Relative to the largest logit, the target among them.
     shift = torch.maximum(high, picked.detach())
     rest, gap = rest * (high - shift).exp(), picked - shift
@@ -346,12 +365,12 @@ def _loss(
     if eps:
         mean = dot / team.classes
         loss = (1 - eps) * loss + eps * (log_total + shift - mean)
-    loss = loss.masked_fill(silent, 0)
+    loss = loss.masked_fill(silent, 0).view(team.shape)
     if reduction != "none":
         loss = loss.sum()
-    return (loss / (~silent).sum() if reduction == "mean" else loss).to(
-        team.dtype
-    )
+    if reduction == "mean":
+        loss = loss / (~silent).sum()
+    return team.whole(loss.to(team.dtype))
 
 
 # --- the ranks of a group ------------------------------------------------
@@ -367,24 +386,27 @@ class _Team:
         here, offset, classes: how many classes are on this rank, on those
             before it, on all.
         said: what must be the same on all.
-        dtype: that of the result.
+        dtype, shape: those of the result, of a loss without reduction.
     """
 
     here = 0
 
     def __init__(self, name: str, model: Any, group: Any):
         self.name, self.said = name, dict[str, Any]()
-        ready = distributed.is_available() and distributed.is_initialized()
-        if not ready:
-            why = "init_process_group(..., timeout=...) comes first"
-            raise RuntimeError(f"{name}(): torch.distributed.{why}")
+        if not (
+            distributed.is_available() and distributed.is_initialized()
+        ):
+            self.fail("init_process_group(..., timeout=...) comes first")
         self.mesh = getattr(model, "device_mesh", None)
         self.group = group if self.mesh is None else self.mesh.get_group()
         self.rank = distributed.get_rank(self.group)
         if self.rank < 0:
-            raise RuntimeError(
-                f"{name}(): this process is not in the group"
-            )
+            self.fail("this process is not in the group")
+
+    def fail(
+        self, why: str, error: type[Exception] = RuntimeError
+    ) -> NoReturn:
+        raise error(f"{self.name}(): {why}")
 
     def __enter__(self) -> "_Team":
         return self
@@ -399,12 +421,11 @@ class _Team:
             return
         for rank, other in enumerate(found):
             if isinstance(other, str):
-                why = f"rank {rank} refused its arguments, {other}"
-                raise RuntimeError(f"{self.name}(): {why}")
+                self.fail(f"rank {rank} refused its arguments, {other}")
             if other[1] != self.said:
-                why = f"ranks must agree, but rank {self.rank} has "
-                why += f"{self.said}, and rank {rank} {other[1]}"
-                raise RuntimeError(f"{self.name}(): {why}")
+                why = f"rank {self.rank} has {self.said}, "
+                why += f"rank {rank} has {other[1]}"
+                self.fail(f"ranks must agree, but {why}")
         sizes = [size for size, _ in found]
         self.offset, self.classes = sum(sizes[: self.rank]), sum(sizes)
 
@@ -413,29 +434,26 @@ class _Team:
     def local(self, name: str, value: Any) -> Tensor:
         """What is here of a DTensor, or of a tensor everything."""
         value = value.to_local() if hasattr(value, "to_local") else value
-        return _check.tensor(self.name, name, value)
+        x = _check.tensor(self.name, name, value)
+        if _autograd.is_wrapped(x):
+            why = "torch.func cannot transform what other ranks do"
+            self.fail(why, NotImplementedError)
+        return x
 
     def slice(self, value: Any, dim: Any = None) -> tuple[Tensor, int]:
         """The classes that are here, by default along dimension 1 or 0."""
         x = _check.logits(self.name, self.local("input", value))
         if not x.ndim:
-            raise RuntimeError(
-                f"{self.name}(): 0-d, where are the classes?"
-            )
+            self.fail("0-d, where are the classes?")
         dim = min(x.ndim - 1, 1) if dim is None else dim
         dim = _check.dimension(self.name, dim, x.ndim)
         if self.mesh is not None and not value.placements[0].is_shard(dim):
-            why = (
-                f"a DTensor must be sharded along its classes, Shard({dim})"
-            )
-            why += f", got {value.placements[0]}"
-            raise RuntimeError(f"{self.name}(): {why}")
+            seen = value.placements[0]
+            self.fail(f"the classes must be Shard({dim}), got {seen}")
         name = self.name.removeprefix("parallel_")
         self.dtype = _autograd.autocast_dtype(name, x) or x.dtype
-        self.here, rows = (
-            x.shape[dim],
-            (*x.shape[:dim], *x.shape[dim + 1 :]),
-        )
+        self.here = x.shape[dim]
+        rows = (*x.shape[:dim], *x.shape[dim + 1 :])
         grad = x.requires_grad and torch.is_grad_enabled()
         self.said |= {"dtype": x.dtype, "rows": rows, "derivative": grad}
         return x, dim
@@ -447,8 +465,8 @@ class _Team:
         name, (ignored, reduction, smoothing) = self.name, options
         t = self.local("target", target)
         if t.is_floating_point():
-            why = "target must be class indices, of an integer dtype"
-            raise NotImplementedError(f"{name}(): {why}, got {t.dtype}")
+            why = f"target must be class indices, integers, got {t.dtype}"
+            self.fail(why, NotImplementedError)
         t = _check.class_indices(name, t, x, dim)
         _check.choice(name, "reduction", reduction, "mean", "sum", "none")
         self.said["options"] = (
@@ -457,7 +475,7 @@ class _Team:
             _check.smoothing(name, smoothing),
         )
         place = torch.arange(t.numel(), device=t.device) % 997 + 1
-        digest = (t.flatten() * place).sum().item()
+        self.shape, digest = t.shape, (t.flatten() * place).sum().item()
         self.said["targets"] = tuple(t.shape), f"digest {digest}"
         return t
 
@@ -476,7 +494,7 @@ class _Team:
         if not x.shape[dim]:
             shape = (*x.shape[:dim], 1, *x.shape[dim + 1 :])
             z = torch.cat([z, z.new_full(shape, -math.inf)], dim)
-        return z, self.largest(z.detach().amax(dim, keepdim=True))
+        return z, self.reduce(z.detach().amax(dim, keepdim=True), "MAX")
 
     def whole(self, value: Tensor, like: Any = None) -> Tensor:
         """The result, as a DTensor where the input was one."""
@@ -504,19 +522,12 @@ class _Team:
     def reduce(self, value: Tensor, operation: str) -> Tensor:
         """All-reduce, "SUM" or "MAX", into a new tensor."""
         value = value.clone(memory_format=torch.contiguous_format)
+        if operation == "MAX":
+            # It may lose a NaN; the sum that follows does not.
+            value.nan_to_num_(math.inf, math.inf, -math.inf)
         how = getattr(distributed.ReduceOp, operation)
         self._run(distributed.all_reduce, value, how)
         return value
-
-    def largest(self, top: Tensor) -> Tensor:
-        """The largest over all ranks; inf for NaN, which a maximum loses."""
-        top = top.nan_to_num(math.inf, math.inf, -math.inf)
-        return self.reduce(top, "MAX")
-
-    def sum(self, value: Tensor) -> Tensor:
-        """The sum over all ranks, for results that are the same on each."""
-        total: Tensor = _autograd.call(_Sum, self, True, value)
-        return total
 
 
 class _Sum(Function):
@@ -566,26 +577,20 @@ class _Softmax(Function):
 
 
 class _Totals(Function):
-    """Of logits x W^T + b that are never all there, for each row: the
+    """(x, weight, bias, index, asked): of logits x W^T + b, for each row the
     largest but for the target, held constant; the sum of exp(z - largest),
     also without it; the logit of the target or 0; the sum of z, if asked.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        index: Tensor,
-        asked: float,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        x, weight, bias, index, asked = inputs
         even = x.new_ones(len(weight)) if asked else None
         layer = _linear.Layer(weight, bias)
         target, kept = _linear.Target(index.squeeze(1), even), None
         if ctx.needs_input_grad[1] and weight.dtype == x.dtype:
-            # The place of the gradient is one for logits until then.
-            kept = x.new_empty(weight.numel())
+            # The place of the gradient is one for weights until then.
+            kept = _linear.Kept(x.new_empty(weight.numel()), [])
         with _autograd.exactly(x):
             found = _linear.statistics(x, layer, target, kept)
         ctx.save_for_backward(x, weight, bias)
@@ -601,7 +606,7 @@ class _Totals(Function):
         rest, picked, dot = c
         # A second backward pass computes the logits again.
         kept, ctx.kept = ctx.kept, None
-        place = weight.new_empty(weight.numel()) if kept is None else kept
+        place = torch.empty_like(weight) if kept is None else kept.memory
         needs = ctx.needs_input_grad
         out = _linear.Gradients(
             torch.empty_like(x) if needs[0] else None,

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from softmaxlib import _autograd, _blocks, _check, _linear
+from softmaxlib import _autograd, _blocks, _check, _fused, _linear
 
 __all__ = [
     "cross_entropy",
@@ -172,7 +172,7 @@ def linear_cross_entropy(
             float64. Gradients have the formats of ``x``, ``weight`` and
             ``bias``.
         prefer: ``"memory"``, or ``"speed"``, which spends memory on fewer
-            products. Without effect on halves, and for ``"none"``.
+            products. Without effect on halves.
 
     Returns:
         The loss (nats): 0-d, or of shape (\*batch) for ``"none"``. Special
@@ -193,12 +193,12 @@ def linear_cross_entropy(
     the other classes.
 
     Complexity: O(N D K) time. With gradients, ``"memory"`` takes four
-    matrix products but for a share D / N of one, and besides the gradients
+    matrix products but for a part D / N of one, and besides the gradients
     at most max(2\ :sup:`20`, 64 N) logits at a time; ``"speed"`` takes three
     products, and 3 D K / 8 logits. Reduction ``"none"`` and
-    ``torch.compile`` take four, and compute the gradients in the backward
-    pass. All N K logits there are only for second derivatives, forward mode,
-    ``torch.func`` and ``vmap``, and gradients in ``target`` or
+    ``torch.compile`` take one product more, and compute the gradients in
+    the backward pass. All N K logits there are only for second derivatives,
+    forward mode, ``torch.func`` and ``vmap``, and gradients in ``target`` or
     ``class_weight``.
 
     Example:
@@ -208,7 +208,7 @@ def linear_cross_entropy(
         >>> linear_cross_entropy(x, weight, torch.tensor([1]))
         tensor(0.3133)
 
-    Derived in the chapter *Softmax at the size of a vocabulary*. Logits in
+    Derived in the chapter *From ten classes to a vocabulary*. Logits in
     blocks: Wijmans et al. (2024), arXiv:2411.09009; the sum over blocks:
     Milakov and Gimelshein (2018), arXiv:1805.02867.
     """
@@ -218,7 +218,7 @@ def linear_cross_entropy(
     x, bias, model = _layer(name, x, weight, bias)
     weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
     options = class_weight, ignore_index, label_smoothing, z_loss
-    case, divisor = _linear_case(name, target, model, *options)
+    case, counts, divisor = _linear_case(name, target, model, *options)
     if softcap is not None:
         least = torch.finfo(torch.float32).tiny
         softcap = _check.number(name, "softcap", softcap, least)
@@ -226,14 +226,17 @@ def linear_cross_entropy(
     wanted = torch.promote_types(x.dtype, torch.float32)
     wanted = _check.floating(name, dtype or wanted)
     rows, share = x.reshape(-1, x.shape[-1]), None
+    if not _autograd.is_all(counts):
+        rows = rows.masked_fill(~counts, 0)
     if reduction != "none":
-        share = divisor.new_ones(len(rows), 1)
+        share = counts.to(divisor.dtype)
         if reduction == "mean":
             share = share / divisor.masked_fill(divisor == 0, 1)
-    value = _autograd.linear_loss(
+    value = _fused.linear_loss(
         rows, weight, bias, softcap, case, share, prefer == "speed"
     )
     if reduction == "none":
+        value = value.masked_fill(~counts, 0)
         return value.view(model.shape[:-1]).to(wanted)
     if reduction == "mean":
         value = value.masked_fill(divisor == 0, math.nan)
@@ -495,8 +498,10 @@ def _linear_case(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
-) -> tuple[_linear.Case, Tensor]:
-    """The checked targets of flat rows, and what the mean divides by."""
+) -> tuple[_linear.Case, Tensor, Tensor]:
+    """The checked targets of flat rows, which of them count (N, 1), and what
+    the mean divides by.
+    """
     target = _check.tensor(name, "target", target)
     ignore_index = _check.integer(name, "ignore_index", ignore_index)
     eps = _check.smoothing(name, label_smoothing)
@@ -509,8 +514,9 @@ def _linear_case(
     if target.is_floating_point():
         y = _check.probabilities(name, target, model, ignore_index)
         y = y.reshape(rows, model.shape[-1])
+        counts = model.new_ones((rows, 1), dtype=torch.bool)
         divisor = model.new_full((), rows, dtype=wide)
-        return _linear.Case(y, None, weight, eps, square), divisor
+        return _linear.Case(y, weight, eps, square), counts, divisor
     t = _check.class_indices(name, target, model, dim).reshape(rows)
     counts = t != ignore_index
     t = t.masked_fill(~counts, 0)
@@ -518,7 +524,8 @@ def _linear_case(
     if weight is not None:
         share = share * weight[t]
         counts = counts if eps else share != 0
-    return _linear.Case(t, counts, weight, eps, square), share.sum()
+    case = _linear.Case(t, weight, eps, square)
+    return case, counts.unsqueeze(1), share.sum()
 
 
 def _soft_arguments(

@@ -8,7 +8,6 @@ import contextlib
 import datetime
 import math
 import os
-import time
 
 import torch
 from drawn import generator, randn
@@ -418,6 +417,10 @@ def everybody_wrong(rank, sizes):
         ),
         "0-d": message(lambda: outside(torch.tensor(1.0), 0)),
         "twice": message(twice),
+        "vmap": message(
+            lambda: torch.vmap(lambda z: outside(z, 1))(z[None]),
+            NotImplementedError,
+        ),
         "group": rank and message(lambda: outside(z, 1, group=lonely)),
     }
     assert y.requires_grad
@@ -425,19 +428,17 @@ def everybody_wrong(rank, sizes):
 
 
 def late(rank, sizes, seconds):
-    """Rank 1 raises instead of taking part: what the others say, and when."""
+    """Rank 1 raises instead of taking part: what the others say."""
     limit = datetime.timedelta(seconds=seconds)
     group = distributed.new_group(timeout=limit)
     x, w, _, t = layer(rank, sizes)
     if rank == 1:
         return "ValueError: out of order"
-    start = time.monotonic()
-    said = message(
+    return message(
         lambda: library.parallel_linear_cross_entropy(
             x, w[part(rank, sizes)], t, group=group
         )
     )
-    return said, time.monotonic() - start
 
 
 def dies(rank, sizes):
@@ -447,6 +448,21 @@ def dies(rank, sizes):
     if rank == 1:
         os._exit(1)
     y.sum().backward()
+
+
+def compiled(rank, sizes):
+    """A compiler goes round, and compiles what stands beside."""
+    z = randn(6, sum(sizes), seed=5)[:, part(rank, sizes)]
+
+    def function(z):
+        return library.parallel_softmax(2 * z, 1).log()
+
+    x, y = leaves(z, z)
+    found = torch.compile(function, backend="eager")(x)
+    close(found, function(y))
+    for each in (found, function(y)):
+        each[:, 0].sum().backward()
+    close(x.grad, y.grad)
 
 
 # --- DTensor -------------------------------------------------------------

@@ -31,6 +31,7 @@ FLOORS = {
     "_linear": 2,
     "_plain": 2,
     "_autograd": 3,
+    "_fused": 3.5,
     "derivatives": 4,
     "functional": 4,
     "loss": 4,
