@@ -19,6 +19,8 @@ PARTS = (
     "growth",
     "sampling",
     "regression",
+    "linear",
+    "distributed",
 )
 REPORT = pathlib.Path(__file__).with_name("report.md")
 README = REPORT.parent.parent / "README.md"

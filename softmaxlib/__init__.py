@@ -7,18 +7,22 @@ chapter that derives it. The public names are those of the modules below.
 from softmaxlib import (
     calibration,
     derivatives,
+    distributed,
     functional,
     loss,
     modules,
+    online,
     regression,
     sampling,
     training,
 )
 from softmaxlib.calibration import *
 from softmaxlib.derivatives import *
+from softmaxlib.distributed import *
 from softmaxlib.functional import *
 from softmaxlib.loss import *
 from softmaxlib.modules import *
+from softmaxlib.online import *
 from softmaxlib.regression import *
 from softmaxlib.sampling import *
 from softmaxlib.training import *
@@ -26,9 +30,11 @@ from softmaxlib.training import *
 __all__: list[str] = []
 __all__ += calibration.__all__
 __all__ += derivatives.__all__
+__all__ += distributed.__all__
 __all__ += functional.__all__
 __all__ += loss.__all__
 __all__ += modules.__all__
+__all__ += online.__all__
 __all__ += regression.__all__
 __all__ += sampling.__all__
 __all__ += training.__all__

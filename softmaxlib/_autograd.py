@@ -52,6 +52,18 @@ def is_wrapped(value: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
+def is_transformed() -> bool:
+    """Whether functorch, or forward mode, is at work."""
+    active = torch._C._are_functorch_transforms_active()
+    return active or forward_ad._current_level >= 0
+
+
+def is_all(flags: Tensor) -> bool:
+    """Whether all flags are known to be true."""
+    known = route(flags) != "plain" and not is_wrapped(flags)
+    return known and bool(flags.all())
+
+
 def is_shape_only(x: Tensor) -> bool:
     """Whether a tensor has a shape, but no values to draw by."""
     # Private: there is no other name for tensors that are fake.

@@ -5,7 +5,7 @@ the name of the public function first, for the message.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
@@ -214,6 +214,19 @@ def _together(what: str, value: Tensor, x: Tensor) -> Tensor:
         must = f"on the device of input, {x.device}"
         _refuse(RuntimeError, what, must, value.device)
     return value
+
+
+def chunks(function: str, value: Any, twice: bool = False) -> None:
+    """An iterable of tensors that is no tensor; no iterator if `twice`."""
+    must, hint = "an iterable of tensors", ""
+    if isinstance(value, Tensor):
+        hint = "; split(size, dim) cuts a tensor"
+    elif twice and isinstance(value, Iterator):
+        must, hint = "readable twice", "; list(chunks) or a class would be"
+    elif isinstance(value, Iterable):
+        return
+    what, kind = f"{function}(): chunks", type(value).__name__
+    _refuse(TypeError, what, must, f"{kind}{hint}")
 
 
 def mask(function: str, value: Any, x: Tensor) -> Tensor | None:

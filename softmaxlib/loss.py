@@ -6,16 +6,18 @@ what the other classes have. Rows are computed and reduced in float64 and
 rounded once.
 """
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from softmaxlib import _autograd, _blocks, _check
+from softmaxlib import _autograd, _blocks, _check, _fused, _linear
 
 __all__ = [
     "cross_entropy",
     "cross_entropy_gradient",
+    "linear_cross_entropy",
     "soft_cross_entropy",
     "soft_cross_entropy_gradient",
 ]
@@ -120,6 +122,125 @@ def cross_entropy(
         return rows.squeeze(case.dim).to(wanted)
     total = rows.sum()
     return (total / case.rows if reduction == "mean" else total).to(wanted)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    dtype: torch.dtype | None = None,
+    prefer: Literal["memory", "speed"] = "memory",
+) -> Tensor:
+    r"""Cross-entropy of a linear layer whose logits are never all there.
+
+    .. math::
+        \ell_n = -\sum_k q_{nk} \log p_{nk} + \zeta\, w_{t_n} (\log Z_n)^2,
+        \qquad q_{nk} = w_k \left((1 - \varepsilon)\, y_{nk} +
+        \frac{\varepsilon}{K}\right)
+
+    with the softmax :math:`p_n` and its normaliser :math:`Z_n = \sum_k
+    e^{z_{nk}}` of the logits :math:`z_n = W x_n + b`, or :math:`c \tanh(z_n
+    / c)` for a ``softcap`` c; :math:`W` = ``weight``, :math:`b` = ``bias``,
+    :math:`\zeta` = ``z_loss``; :math:`y` = ``target``, :math:`w` =
+    ``class_weight``, :math:`\varepsilon` = ``label_smoothing`` and the mean
+    as in :func:`cross_entropy`. For probabilities :math:`w_{t_n}` is one.
+
+    Args:
+        x: inputs of the layer, shape (\*batch, D); float16, bfloat16,
+            float32 or float64.
+        weight: shape (K, D), as in ``nn.Linear``; dtype and device of
+            ``x``, but for ``autocast``, where formats may mix.
+        target: class indices in [0, K), or ``ignore_index``, shape
+            (\*batch), any integer dtype; or probabilities, shape (\*batch,
+            K), any of the four formats, read a block at a time.
+        bias: shape (K), or None.
+        class_weight: weights of the classes, shape (K), floating point.
+        ignore_index: rows with this class index do not count.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        label_smoothing: between 0 and 1.
+        softcap: bound of the logits, positive; None for no bound.
+        z_loss: factor of the squared log-normaliser, at least 0.
+        dtype: the format of the loss; by default float32, or float64 for
+            float64. Gradients have the formats of ``x``, ``weight`` and
+            ``bias``.
+        prefer: ``"memory"``, or ``"speed"``, which spends memory on fewer
+            products. Without effect on halves.
+
+    Returns:
+        The loss (nats): 0-d, or of shape (\*batch) for ``"none"``. Special
+        values as in :func:`cross_entropy`: rows that do not count may hold
+        anything, and leave no trace in a gradient.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        IndexError: a class index is out of range; it is in the message.
+        ValueError: unknown ``reduction`` or ``prefer``, ``softcap`` or
+            ``z_loss`` out of range, or another batch size of ``target``.
+        NotImplementedError: ``x`` is not floating point.
+        RuntimeError: shapes, dtypes or devices do not fit, or
+            ``label_smoothing`` is out of range.
+
+    Accuracy: that of the matrix products, in float32 for halves; no logit
+    is rounded to a half. The rest of a row is float64, and p - 1 comes from
+    the other classes.
+
+    Complexity: O(N D K) time. With gradients, ``"memory"`` takes four
+    matrix products but for a part D / N of one, and besides the gradients
+    at most max(2\ :sup:`20`, 64 N) logits at a time; ``"speed"`` takes three
+    products, and 3 D K / 8 logits. Reduction ``"none"`` and
+    ``torch.compile`` take one product more, and compute the gradients in
+    the backward pass. All N K logits there are only for second derivatives,
+    forward mode, ``torch.func`` and ``vmap``, and gradients in ``target`` or
+    ``class_weight``.
+
+    Example:
+        >>> import torch
+        >>> from softmaxlib import linear_cross_entropy
+        >>> x, weight = torch.tensor([[1.0, 2.0]]), torch.eye(2)
+        >>> linear_cross_entropy(x, weight, torch.tensor([1]))
+        tensor(0.3133)
+
+    Derived in the chapter *From ten classes to a vocabulary*. Logits in
+    blocks: Wijmans et al. (2024), arXiv:2411.09009; the sum over blocks:
+    Milakov and Gimelshein (2018), arXiv:1805.02867.
+    """
+    name = "linear_cross_entropy"
+    _check.choice(name, "reduction", reduction, "mean", "sum", "none")
+    _check.choice(name, "prefer", prefer, "memory", "speed")
+    x, bias, model = _layer(name, x, weight, bias)
+    weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
+    options = class_weight, ignore_index, label_smoothing, z_loss
+    case, counts, divisor = _linear_case(name, target, model, *options)
+    if softcap is not None:
+        least = torch.finfo(torch.float32).tiny
+        softcap = _check.number(name, "softcap", softcap, least)
+        softcap = None if softcap == math.inf else softcap
+    wanted = torch.promote_types(x.dtype, torch.float32)
+    wanted = _check.floating(name, dtype or wanted)
+    rows, share = x.reshape(-1, x.shape[-1]), None
+    if not _autograd.is_all(counts):
+        rows = rows.masked_fill(~counts, 0)
+    if reduction != "none":
+        share = counts.to(divisor.dtype)
+        if reduction == "mean":
+            share = share / divisor.masked_fill(divisor == 0, 1)
+    value = _fused.linear_loss(
+        rows, weight, bias, softcap, case, share, prefer == "speed"
+    )
+    if reduction == "none":
+        value = value.masked_fill(~counts, 0)
+        return value.view(model.shape[:-1]).to(wanted)
+    if reduction == "mean":
+        value = value.masked_fill(divisor == 0, math.nan)
+    return value.to(wanted)
 
 
 def cross_entropy_gradient(
@@ -348,6 +469,63 @@ def _prepare(
         share = share * weight.gather(dim, t)
         silent = silent if eps else share == 0
     return _Case(x, (t, weight, dim, eps), dim, silent, share.sum())
+
+
+def _layer(
+    name: str, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """x and bias in one format, and what looks like the logits."""
+    x, weight = (
+        _check.samples(name, x),
+        _check.tensor(name, "weight", weight),
+    )
+    if _autograd.autocast_dtype(name, x) is not None:
+        # A layer under autocast has its input as the last one left it.
+        x = x.to(torch.promote_types(x.dtype, weight.dtype))
+        weight = weight.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
+    classes = _check.layer(name, weight, "kd", x)
+    if bias is not None:
+        bias = _check.like(name, "bias", bias, x, (classes,), of="x")
+    return x, bias, x.new_empty(()).expand(*x.shape[:-1], classes)
+
+
+def _linear_case(
+    name: str,
+    target: Tensor,
+    model: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[_linear.Case, Tensor, Tensor]:
+    """The checked targets of flat rows, which of them count (N, 1), and what
+    the mean divides by.
+    """
+    target = _check.tensor(name, "target", target)
+    ignore_index = _check.integer(name, "ignore_index", ignore_index)
+    eps = _check.smoothing(name, label_smoothing)
+    square, dim = _check.number(name, "z_loss", z_loss), model.ndim - 1
+    if weight is not None:
+        what = "class_weight"
+        weight = _check.class_weight(name, weight, model, dim, what)
+        weight = _blocks.widen(weight)
+    rows, wide = model.shape[:-1].numel(), _blocks.work_dtype(model)
+    if target.is_floating_point():
+        y = _check.probabilities(name, target, model, ignore_index)
+        y = y.reshape(rows, model.shape[-1])
+        counts = model.new_ones((rows, 1), dtype=torch.bool)
+        divisor = model.new_full((), rows, dtype=wide)
+        return _linear.Case(y, weight, eps, square), counts, divisor
+    t = _check.class_indices(name, target, model, dim).reshape(rows)
+    counts = t != ignore_index
+    t = t.masked_fill(~counts, 0)
+    share = counts.to(wide)
+    if weight is not None:
+        share = share * weight[t]
+        counts = counts if eps else share != 0
+    case = _linear.Case(t, weight, eps, square)
+    return case, counts.unsqueeze(1), share.sum()
 
 
 def _soft_arguments(
