@@ -695,6 +695,19 @@ def test_shapes_and_integers_of_samples():
     assert torch.equal(other.weight, model.weight)
 
 
+def test_a_fit_at_the_minimum_stays_there():
+    # Where softmax sees nothing, one number added to all biases, rounding
+    # decides on the step.
+    x, target = noisy()
+    model = model_of(x, penalty=0.02).fit(x, target, tolerance=1e-10)
+    for _ in range(5):
+        before = [p.detach().clone() for p in model.parameters()]
+        model.fit(x, target, tolerance=1e-10)
+        assert model.bias.sum().abs().item() < 1e-10
+        for old, new in zip(before, model.parameters(), strict=True):
+            torch.testing.assert_close(new, old, rtol=0, atol=1e-9)
+
+
 class Bar:
     """What the fit asks of tqdm."""
 
