@@ -198,8 +198,6 @@ def test_a_group_comes_first(monkeypatch):
 def test_run_processes_ends_what_it_starts():
     before = set(multiprocessing.active_children())
     assert run_processes(math.factorial, 1) == [1]
-    with pytest.raises(
-        RuntimeError, match="(?s)process 0: .*TypeError"
-    ):
+    with pytest.raises(RuntimeError, match="(?s)process 0: .*TypeError"):
         run_processes(math.factorial, 1, "one argument too many")
     assert set(multiprocessing.active_children()) <= before
