@@ -370,9 +370,11 @@ class _Fit:
             return lambda r: self._centred(r, lambda v: v / diagonal)
         blocks = torch.stack([(x * v.unsqueeze(1)).mT @ x for v in w.mT])
         blocks.diagonal(0, 1, 2).add_(self.penalty)
-        if small:  # all of it
+        if small:  # all of it, made definite where softmax sees nothing
             outer = (p.unsqueeze(2) * x.unsqueeze(1)).flatten(1)
+            free = torch.diag((self.penalty == 0) * blocks.amax())
             rest = (outer * self.mass).mT @ outer
+            rest -= torch.kron(p.new_ones(p.shape[1], p.shape[1]), free)
             blocks = (torch.block_diag(*blocks) - rest).unsqueeze(0)
         diagonal = blocks.diagonal(0, 1, 2)
         diagonal.add_(ridge * diagonal.amax())
