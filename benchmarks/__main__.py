@@ -77,7 +77,8 @@ def main(chosen: list[str]) -> None:
         print(f"{time.monotonic() - start:.0f} s")
     pieces = [introduction.strip()]
     for name in PARTS:
-        pieces.append(f"<!-- part {name} -->\n{sections[name].strip()}")
+        if name in sections:  # a new part may not have been measured yet
+            pieces.append(f"<!-- part {name} -->\n{sections[name].strip()}")
     REPORT.write_text("\n\n".join(pieces) + "\n", encoding="utf-8")
     readme = README.read_text(encoding="utf-8")
     for name, summary in SUMMARY.items():
