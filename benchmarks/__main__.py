@@ -33,10 +33,10 @@ INTRODUCTION = """\
 Written by `make bench`; the numbers of a section are those of one run on one
 machine, which its last line names.
 
-Times are CPU seconds of one thread, where nothing else is said. Ours and the peer's take turns, and each
-turn gives a ratio. A cell holds the median of the ratios and, in brackets,
-their quartiles; the text above each table says which time is divided by
-which.
+Times are CPU seconds of one thread, where nothing else is said. Ours and the
+peer's take turns, and each turn gives a ratio. A cell holds the median of the
+ratios and, in brackets, their quartiles; the text above each table says which
+time is divided by which.
 """
 
 
