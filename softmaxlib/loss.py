@@ -197,9 +197,9 @@ def linear_cross_entropy(
     at most max(2\ :sup:`20`, 64 N) logits at a time; ``"speed"`` takes three
     products, and 3 D K / 8 logits. Reduction ``"none"`` and
     ``torch.compile`` take one product more, and compute the gradients in
-    the backward pass; a compiler also copies ``x``. All N K logits there are only for second derivatives,
-    forward mode, ``torch.func`` and ``vmap``, and gradients in ``target`` or
-    ``class_weight``.
+    the backward pass; a compiler also copies ``x``. All N K logits there
+    are only for second derivatives, forward mode, ``torch.func`` and
+    ``vmap``, and gradients in ``target`` or ``class_weight``.
 
     Example:
         >>> import torch
