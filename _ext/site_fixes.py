@@ -7,6 +7,8 @@
 * Ids that the extensions write more than once are removed, a deprecated ARIA
   role is replaced, and labels that hide the visible words from speech input
   are dropped, so that the pages are valid and accessible.
+* In tables long names in code may break after a dot, an underscore or a
+  bracket, so that they need not break within a word on a phone.
 * A claim that the book refutes (label ``false-...``) and a proof get classes
   of their own, for ``_static/softmax.css``.
 * A broken formula is an error: MathJax shows it in red in the browser and
@@ -39,6 +41,11 @@ REPEATED_ID = re.compile(
 )
 
 
+# The words of code in a table, and where a long one may break.
+TABLE_CELL = re.compile(r"<t[dh][ >].*?</t[dh]>", re.DOTALL)
+CODE_WORD = re.compile(r'(<span class="pre">)([^<]+)(?=</span>)')
+BREAK = re.compile(r"(?<=[._(])(?=[A-Za-z])")
+
 # sphinx-exercise puts the space into the link, where it is underlined.
 SOLUTION_TITLE = re.compile(r'Solution to(<a class="[^"]*" href="[^"]*">) ')
 
@@ -67,6 +74,13 @@ def _is_thebe(script: object) -> bool:
     return "thebe" in str(script).lower() or "thebe" in body.lower()
 
 
+def breakable(cell: re.Match) -> str:
+    """A cell of a table whose code may break between words."""
+    return CODE_WORD.sub(
+        lambda word: word[1] + BREAK.sub("<wbr>", word[2]), cell[0]
+    )
+
+
 def mend_page(app, pagename, templatename, context, doctree) -> None:
     """Drop the scripts of thebe, repeated ids and deprecated roles."""
     context["script_files"] = [
@@ -79,6 +93,7 @@ def mend_page(app, pagename, templatename, context, doctree) -> None:
         body = body.replace(
             '<summary aria-label="Toggle hidden content">', "<summary>"
         )
+        body = TABLE_CELL.sub(breakable, body)
         context["body"] = body
 
 

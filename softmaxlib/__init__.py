@@ -5,6 +5,7 @@ chapter that derives it. The public names are those of the modules below.
 """
 
 from softmaxlib import (
+    calibration,
     derivatives,
     functional,
     loss,
@@ -12,6 +13,7 @@ from softmaxlib import (
     regression,
     sampling,
 )
+from softmaxlib.calibration import *
 from softmaxlib.derivatives import *
 from softmaxlib.functional import *
 from softmaxlib.loss import *
@@ -20,6 +22,7 @@ from softmaxlib.regression import *
 from softmaxlib.sampling import *
 
 __all__: list[str] = []
+__all__ += calibration.__all__
 __all__ += derivatives.__all__
 __all__ += functional.__all__
 __all__ += loss.__all__

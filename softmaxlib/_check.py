@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-_SUPPORTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SUPPORTED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FORMATS = "float16, bfloat16, float32 or float64"
 
 
@@ -100,6 +100,8 @@ def choice(function: str, name: str, value: Any, *allowed: str) -> None:
 
 def dimension(function: str, dim: Any, ndim: int) -> int:
     """`dim` as a non-negative index; a 0-d tensor counts as 1-d."""
+    if type(dim) is int and 0 <= dim < ndim:
+        return dim
     dim, size = integer(function, "dim", dim), max(ndim, 1)
     if not -size <= dim < size:
         must = f"in [{-size}, {size - 1}] for a {ndim}-d input"
@@ -257,15 +259,20 @@ def class_weight(
 
 
 def class_indices(
-    function: str, target: Tensor, x: Tensor, dim: int
+    function: str, target: Tensor, x: Tensor, dim: int, soft: bool = True
 ) -> Tensor:
-    """Class indices as int64, of the shape of `x` without `dim`."""
+    """Class indices as int64, of the shape of `x` without `dim`.
+
+    They might have been probabilities where `soft`.
+    """
     what, shape = (
         f"{function}(): target",
         (*x.shape[:dim], *x.shape[dim + 1 :]),
     )
-    if target.dtype == torch.bool or target.dtype.is_complex:
-        must = "class indices, of an integer dtype, or probabilities"
+    kind = target.dtype
+    if kind == torch.bool or kind.is_complex or kind.is_floating_point:
+        must = "class indices, of an integer dtype"
+        must += ", or probabilities" if soft else ""
         _refuse(RuntimeError, what, must, target.dtype)
     if target.shape[:1] != x.shape[: min(dim, 1)]:
         # PyTorch looks at the batch size first.
@@ -303,6 +310,29 @@ def probabilities(
         must = "negative beside probabilities"
         _refuse(RuntimeError, what_else, must, ignore_index)
     return _together(what, target, x)
+
+
+def shares(function: str, p: Tensor) -> None:
+    """Probabilities, each in [0, 1]; rows need not sum to one."""
+    if p.numel():
+        low, high = (bound.item() for bound in p.aminmax())
+        if not (low >= 0 and high <= 1):  # nor NaN
+            hint = low if not low >= 0 else high
+            must = (
+                "probabilities in [0, 1], such as softmax makes of logits"
+            )
+            _refuse(ValueError, f"{function}(): input", must, hint)
+
+
+def finite_loss(function: str, value: float) -> None:
+    """What is summed over all samples has a finite value."""
+    if not math.isfinite(value):
+        must = (
+            "one sample or more, of finite logits; -inf for a class that "
+        )
+        must += "is not the target"
+        hint = f"a loss whose slope is {value}"
+        _refuse(ValueError, f"{function}(): input", must, hint)
 
 
 def samples(function: str, value: Any) -> Tensor:

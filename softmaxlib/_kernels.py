@@ -28,7 +28,7 @@ _NEAR_ZERO = 2.0**-10
 # Up to this largest probability nothing cancels that a shift would save.
 _UNSURE = 0.9
 # Up to this many classes a running sum in float32 is good enough.
-_SHORT = 2**10
+SHORT = 2**10
 
 
 # --- values --------------------------------------------------------------
@@ -180,7 +180,7 @@ def softmax_hvp(
     single = x.dtype == torch.float32
 
     def block(d: int, z: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        if single and T == 1 and z.shape[d] <= _SHORT:
+        if single and T == 1 and z.shape[d] <= SHORT:
             # Conversions would take half of the time of a short row.
             p = torch.softmax(z, d)
         else:
@@ -225,11 +225,8 @@ def is_confident(p: Tensor) -> bool:
 
 
 def weighted_deviation(p: Tensor, v: Tensor, dim: int) -> Tensor:
-    """p times (v minus its mean under p)."""
-    if p.dtype != torch.float64 and p.shape[dim] > _SHORT:
-        return _deviation(p, v, dim).mul_(p)
-    # The same in a single operation, but the mean is a plain running sum.
-    return torch._softmax_backward_data(v, p, dim, p.dtype)
+    """p times (v minus its mean under p); `_autograd` has a faster way."""
+    return _deviation(p, v, dim).mul_(p)
 
 
 def _deviation(p: Tensor, v: Tensor, dim: int) -> Tensor:
@@ -262,64 +259,66 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def softmax_jacobian(x: Tensor, dim: int, T: float) -> Tensor:
     """p_i (d_ij - p_j) / T."""
-    out = _square(x, dim, 2)
-    if not out.numel():
-        return out
-    scale = _blocks.slope(T)
-    p = _probabilities(x, dim, T).movedim(dim, -1)
-    # The scale in equal parts, so that the result is exactly symmetric.
-    factor = _factor(p, math.sqrt(scale), x.dtype)
-    # Asked before the product drives p out of the cache.
-    even = scale == 1 and factor.dtype == x.dtype and p.amax().item() <= 0.5
-    torch.mul(factor.neg().unsqueeze(-1), factor.unsqueeze(-2), out=out)
-    diagonal = out.diagonal(0, -2, -1)
-    if even:
-        # -p^2 stands there already, and p - p^2 does not cancel up to 1/2.
-        diagonal.add_(factor)
-    else:
-        diagonal.copy_((p * _complement(p)).mul_(scale))
-    return out
+
+    def fill(out: Tensor, p: Tensor, scale: float) -> None:
+        # The scale in equal parts, so that the result is exactly symmetric.
+        factor = _factor(p, math.sqrt(scale), x.dtype)
+        # Asked before the product drives p out of the cache.
+        even = scale == 1 and factor.dtype == x.dtype
+        even = even and p.amax().item() <= 0.5
+        torch.mul(factor.neg().unsqueeze(-1), factor.unsqueeze(-2), out=out)
+        diagonal = out.diagonal(0, -2, -1)
+        if even:
+            # -p^2 stands there already, and p - p^2 cancels above 1/2 only.
+            diagonal.add_(factor)
+        else:
+            diagonal.copy_((p * _complement(p)).mul_(scale))
+
+    return _dense(fill, 2, x, dim, T)
 
 
 def log_softmax_jacobian(x: Tensor, dim: int, T: float) -> Tensor:
     """(d_ij - p_j) / T."""
-    out = _square(x, dim, 2)
-    if not out.numel():
-        return out
-    scale = _blocks.slope(T)
-    p = _probabilities(x, dim, T).movedim(dim, -1)
-    out.copy_((p * -scale).unsqueeze(-2))
-    out.diagonal(0, -2, -1).copy_(_complement(p).mul_(scale))
-    return out
+
+    def fill(out: Tensor, p: Tensor, scale: float) -> None:
+        out.copy_((p * -scale).unsqueeze(-2))
+        out.diagonal(0, -2, -1).copy_(_complement(p).mul_(scale))
+
+    return _dense(fill, 2, x, dim, T)
 
 
 def softmax_hessian(x: Tensor, dim: int, T: float) -> Tensor:
     """2 p_i p_j p_k everywhere, then three planes, then their line."""
-    out = _square(x, dim, 3)
-    if not out.numel():
-        return out
-    scale = _blocks.slope(T)
-    p = _probabilities(x, dim, T).movedim(dim, -1)
-    share = math.cbrt(scale) ** 2
-    part = p * share
-    pair = _factor(part.unsqueeze(-1) * part.unsqueeze(-2), 2, x.dtype)
-    third = _factor(p, share, x.dtype)
-    torch.mul(pair.unsqueeze(-1), third[..., None, None, :], out=out)
-    q = _complement(p)
-    # T_iik = T_iki = T_kii = p_k p_i (p_i - q_i) where k differs from i.
-    line = p * (p - q) * scale
-    plane = (p * scale).unsqueeze(-1) * line.unsqueeze(-2)
-    for first, second in ((-3, -2), (-3, -1), (-2, -1)):
-        out.diagonal(0, first, second).copy_(plane)
-    line = line.mul_(q).mul_(-scale)
-    out.diagonal(0, -3, -2).diagonal(0, -2, -1).copy_(line)
-    return out
+
+    def fill(out: Tensor, p: Tensor, scale: float) -> None:
+        share = math.cbrt(scale) ** 2
+        part = p * share
+        pair = part.unsqueeze(-1) * part.unsqueeze(-2)
+        pair, third = _factor(pair, 2, x.dtype), _factor(p, share, x.dtype)
+        torch.mul(pair.unsqueeze(-1), third[..., None, None, :], out=out)
+        q = _complement(p)
+        # T_iik = T_iki = T_kii = p_k p_i (p_i - q_i) where k differs from i.
+        line = p * (p - q) * scale
+        plane = (p * scale).unsqueeze(-1) * line.unsqueeze(-2)
+        for first, second in ((-3, -2), (-3, -1), (-2, -1)):
+            out.diagonal(0, first, second).copy_(plane)
+        line = line.mul_(q).mul_(-scale)
+        out.diagonal(0, -3, -2).diagonal(0, -2, -1).copy_(line)
+
+    return _dense(fill, 3, x, dim, T)
 
 
-def _square(x: Tensor, dim: int, power: int) -> Tensor:
-    """An empty tensor with `power` class dimensions at the end."""
+_Fill = Callable[[Tensor, Tensor, float], None]
+
+
+def _dense(fill: _Fill, n: int, x: Tensor, dim: int, T: float) -> Tensor:
+    """Filled from p, classes last, and 1 / T; n class dimensions, last."""
     batch = [*x.shape[:dim], *x.shape[dim + 1 :]]
-    return x.new_empty(batch + [x.shape[dim]] * power)
+    out = x.new_empty(batch + [x.shape[dim]] * n)
+    if out.numel():
+        p = _probabilities(x, dim, T).movedim(dim, -1)
+        fill(out, p, _blocks.slope(T))
+    return out
 
 
 def _complement(p: Tensor) -> Tensor:

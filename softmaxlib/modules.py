@@ -92,8 +92,8 @@ class CrossEntropyLoss(nn.Module):
         TypeError, ValueError, RuntimeError: an option is not what
             :func:`softmaxlib.cross_entropy` takes.
 
-    Shape: ``input`` (K) or (N, K, \\*), ``target`` as in the function, to
-        0-d, or to the shape of the class indices for ``"none"``.
+    Shape: K or N x K x any others, and the target as in the function; to
+    0-d, or to the shape of the class indices for ``"none"``.
 
     Example:
         >>> import torch

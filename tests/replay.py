@@ -9,12 +9,14 @@ import ast
 import collections
 import contextlib
 import dataclasses
+import dis
 import functools
 import io
 import json
 import pathlib
 import sys
 import traceback
+import types
 import warnings
 from collections.abc import Callable, Collection, Iterator
 
@@ -39,6 +41,11 @@ class Cell:
     def checks(self) -> bool:
         """Whether it is tagged as the check of a statement."""
         return any(label.startswith("checks:") for label in self.labels)
+
+    @property
+    def promises(self) -> bool:
+        """Whether it checks what the library promises, not a statement."""
+        return any(label.startswith("checks:prm-") for label in self.labels)
 
 
 @dataclasses.dataclass
@@ -103,28 +110,25 @@ def tagged(name: str) -> dict[str, Cell]:
 
 
 def replay(
-    name: str, wanted: Collection[str] | None = None
+    name: str, wanted: Collection[str], before: Callable = lambda cell: None
 ) -> Iterator[Outcome]:
-    """Run a chapter cell by cell, going on after failures.
+    """Run cells of a chapter one by one, going on after failures.
 
     Args:
         name: of the chapter, without the suffix.
         wanted: the ids of the tagged cells whose outcome is asked for. The
             others are passed over, unless a later cell needs a name of
-            theirs, and so is all that follows the last one. None for all.
+            theirs, and so is all that follows the last one.
+        before: called with each cell that is about to run.
 
     Yields:
         The outcome of each cell that was asked for, when it has run.
     """
-    chosen = [(c, True) for c in cells(name)]
-    if wanted is not None:
-        chosen = [
-            (cell, cell.id in wanted) for cell in _needed(name, wanted)
-        ]
     scope = {"__name__": "__main__"}
-    for cell, asked in chosen:
+    for cell in _needed(name, wanted):
+        before(cell)
         error = _run(name, cell, scope)
-        if asked:
+        if cell.id in wanted:
             yield Outcome(cell, error)
 
 
@@ -164,17 +168,22 @@ def _needed(name: str, wanted: Collection[str]) -> list[Cell]:
 def _names(source: str) -> tuple[set[str], set[str], set[str]]:
     """The names that a cell binds, changes in place, and takes from above.
 
+    Those of the notebook: what is local to a function is not among them.
     Changed is what stands before a dot or a bracket that is assigned to, or
     before the method that a statement calls for its effect, as in
     `rows.append(1)` or `torch.manual_seed(0)`.
     """
-    bound, changed, used = set(), set(), set()
+    bound, used = set(), set()
+    for code in _codes(compile(source, "a cell", "exec")):
+        for step in dis.get_instructions(code):
+            name = step.argval
+            if step.opname in ("STORE_NAME", "STORE_GLOBAL"):
+                bound.add(name)
+            elif step.opname in ("LOAD_NAME", "LOAD_GLOBAL"):
+                used.add(name)
+    changed = set()
     for node in ast.walk(ast.parse(source)):
         match node:
-            case ast.Name(id, ast.Load()):
-                used.add(id)
-            case ast.Name(id):
-                bound.add(id)
             case ast.AugAssign(ast.Name(id)):
                 changed.add(id)
             case (
@@ -184,11 +193,16 @@ def _names(source: str) -> tuple[set[str], set[str], set[str]]:
                 changed |= _root(node)
             case ast.Expr(ast.Call(ast.Attribute() as method)):
                 changed |= _root(method)
-            case ast.FunctionDef(name) | ast.ClassDef(name):
-                bound.add(name)
-            case ast.Import(names) | ast.ImportFrom(names=names):
-                bound |= {(a.asname or a.name).split(".")[0] for a in names}
+    changed &= bound | used
     return bound - changed, changed, used - bound
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code of a cell and, inside it, of its functions and classes."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
 
 
 def _root(node: ast.expr) -> set[str]:
@@ -197,15 +211,24 @@ def _root(node: ast.expr) -> set[str]:
     return {node.id} if isinstance(node, ast.Name) else set()
 
 
-# --- what a chapter calls ------------------------------------------------
+# --- the right library ---------------------------------------------------
 
 
 @functools.cache
-def calls(name: str) -> dict[str, set[str]]:
-    """The public names of softmaxlib that each cell calls, by its id.
+def untouched(
+    name: str, cases: int
+) -> tuple[list[Outcome], dict[str, set[str]]]:
+    """Run the tagged cells of a chapter on the library as it is, once.
 
-    A function counts where the chapter's own code calls it, in this cell or
-    by a helper of an earlier one, and not where the library calls it.
+    Args:
+        name: of the chapter, without the suffix.
+        cases: the limit of its attacks.
+
+    Returns:
+        The outcome of each, and the public names of softmaxlib that it
+        calls, by its id. A function counts where the chapter's own code
+        calls it, in this cell or by a helper of an earlier one, and not
+        where the library calls it.
     """
     found = collections.defaultdict(set)
     here = [""]
@@ -213,7 +236,10 @@ def calls(name: str) -> dict[str, set[str]]:
     def note(public: str) -> None:
         found[here[0]].add(public)
 
-    with pytest.MonkeyPatch.context() as patch, testing.case_limit(1):
+    def begin(cell: Cell) -> None:
+        here[0] = cell.id
+
+    with pytest.MonkeyPatch.context() as patch, testing.case_limit(cases):
         for public in softmaxlib.__all__:
             value = getattr(softmaxlib, public)
             if not isinstance(value, type):
@@ -225,11 +251,7 @@ def calls(name: str) -> dict[str, set[str]]:
                     key[0] != "_" or key == "__init__"
                 ):
                     patch.setattr(value, key, _noting(method, public, note))
-        scope = {"__name__": "__main__"}
-        for cell in cells(name):
-            here[0] = cell.id
-            _run(name, cell, scope)
-    return found
+        return list(replay(name, tagged(name), begin)), found
 
 
 def _noting(function: Callable, public: str, note: Callable, chapter=None):

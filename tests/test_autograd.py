@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 import softmaxlib
-from softmaxlib import _autograd
+from softmaxlib import _autograd, _kernels
 
 functorch = torch._C._functorch
 PACKAGE = pathlib.Path(softmaxlib.__file__).parent
@@ -24,6 +24,7 @@ KNOWN = {
     "torch._C._are_functorch_transforms_active",
     "torch._C._functorch",
     "torch._C._is_any_autocast_enabled",
+    "torch._softmax_backward_data",
     "torch._subclasses.FakeTensor",
     "forward_ad._current_level",
     "forward_ad._set_fwd_grad_enabled",
@@ -32,8 +33,6 @@ KNOWN = {
     "functorch.is_functorch_wrapped_tensor",
     "functorch.is_legacy_batchedtensor",
 }
-# An operator, whose arguments are those that autograd uses.
-ELSEWHERE = {"torch._softmax_backward_data"}
 
 
 def seen(ask):
@@ -77,7 +76,7 @@ def test_no_private_name_is_without_a_test():
     for path in PACKAGE.glob("*.py"):
         if path.name != "_autograd.py":
             others |= private_names(path)
-    assert others == ELSEWHERE
+    assert others == set()
 
 
 def test_is_tracing():
@@ -252,6 +251,40 @@ def test_the_operator_of_softmax_backward():
     got = torch._softmax_backward_data(v, p, 1, p.dtype)
     expect = p * (v - (p * v).sum(1, keepdim=True))
     torch.testing.assert_close(got, expect, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5, 3), (2, 2000, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_that_operator_gives_what_public_ones_do(shape, dtype):
+    """Which the kernels are written in, and use when it goes away."""
+    public, private = _autograd._deviation, _kernels.weighted_deviation
+    assert private is not public
+    dim = min(len(shape) - 1, 1)
+    generator = torch.Generator().manual_seed(0)
+    x, v = torch.randn(2, *shape, dtype=dtype, generator=generator)
+    p = torch.softmax(x, dim)
+    # Either mean is off by a rounding a class, of terms up to max |v|.
+    unit = torch.finfo(dtype).eps * v.abs().max() * shape[dim]
+    wrong = (private(p, v, dim) - public(p, v, dim)).abs()
+    assert (wrong <= unit * p).all()
+
+
+def test_the_library_works_without_that_operator(monkeypatch):
+    x = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64)
+    functions = (
+        lambda: softmaxlib.softmax_jvp(x, x, 1),
+        lambda: softmaxlib.softmax_vjp(x, x, 1),
+        lambda: softmaxlib.softmax_hvp(x, x, x, 1),
+        lambda: softmaxlib.weight_hvp(x, x, x)[0],
+    )
+    expect = [function() for function in functions]
+    monkeypatch.delattr(torch, "_softmax_backward_data")
+    with pytest.raises(AttributeError, match="_softmax_backward_data"):
+        functions[0]()
+    deviation = _autograd._deviation
+    monkeypatch.setattr(_kernels, "weighted_deviation", deviation)
+    for function, value in zip(functions, expect, strict=True):
+        torch.testing.assert_close(function(), value)
 
 
 def test_routes():

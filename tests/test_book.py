@@ -76,6 +76,11 @@ def statements(path):
         yield name.removeprefix("prf:"), options.get("label", "")
 
 
+def promised(path):
+    """Yield the labels of the sentences that promise something."""
+    yield from re.findall(r"^\((prm-[\w-]+)\)=$", prose(path), re.M)
+
+
 def labels_in_tags(path, prefix):
     return [
         tag.removeprefix(prefix)
@@ -334,6 +339,55 @@ def test_checks_figures_and_imports_are_folded(chapter):
     assert list(unfolded(cells(chapter))) == [], "run `make tidy`"
 
 
+def folded_in_one_place(found):
+    """Yield the cells that the site folds and JupyterLab not, or reverse."""
+    for id_, source, cell in found:
+        hidden = cell["metadata"].get("jupyter", {}) == {
+            "source_hidden": True
+        }
+        if hidden != ("hide-input" in tags(cell)):
+            yield id_ or source
+
+
+@each_notebook
+def test_jupyterlab_folds_what_the_site_folds(chapter):
+    assert list(folded_in_one_place(cells(chapter))) == [], (
+        "run `make tidy`"
+    )
+
+
+@each_notebook
+def test_a_folded_cell_says_on_its_first_line_what_it_is(chapter):
+    for id_, source, cell in cells(chapter, "code"):
+        first = source.splitlines()[0]
+        if is_check(cell):
+            labels = [t.removeprefix("checks:") for t in tags(cell)]
+            wanted = f"# The check of {', '.join(labels[:-1])}"
+        elif "figure" in tags(cell):
+            wanted = "# Code of the figure"
+        elif IMPORTS.search(source):
+            wanted = "# Imports"
+        else:
+            continue
+        assert first == wanted, f"{id_}: run `make tidy`"
+
+
+def test_the_guard_of_both_folds_works():
+    def both(source, hidden, *marks):
+        made = code(source, *marks)
+        made[2]["metadata"] |= {"jupyter": {"source_hidden": hidden}}
+        return made
+
+    bad = [
+        code("a", "hide-input"),
+        both("b", True),
+        both("c", False, "hide-input"),
+    ]
+    assert list(folded_in_one_place(bad)) == ["a", "b", "c"]
+    good = [both("a", True, "hide-input"), code("b"), markdown("c")]
+    assert list(folded_in_one_place(good)) == []
+
+
 def test_the_guard_of_folds_works():
     bad = [code("import a"), code("b", "figure"), code("c", "checks:thm-c")]
     assert list(unfolded(bad)) == ["import a", "b", "c"]
@@ -452,6 +506,7 @@ def test_every_statement_is_labelled(chapter):
 @each_notebook
 def test_every_theorem_is_checked(chapter):
     wanted = {lb for kind, lb in statements(chapter) if kind in STATEMENTS}
+    wanted |= set(promised(chapter))
     checked = set(labels_in_tags(chapter, "checks:"))
     assert wanted - checked == set(), "theorems without a `checks:` cell"
     assert checked - wanted == set(), "`checks:` tags without a theorem"
@@ -605,6 +660,30 @@ def test_the_guard_of_rows_works():
         *good,
     ]
     assert list(unproved(bad)) == ["A", "B"]
+
+
+def unlinked(text):
+    """Yield the questions whose folded answer leads nowhere."""
+    for part in re.split(r"^\*\*(?=\d+\. )", text, flags=re.M)[1:]:
+        question, _, answer = part.partition("**")
+        folded = ":class: dropdown" in answer
+        if not folded or not re.search(r"\{(?:prf:ref|doc)\}`", answer):
+            yield question
+
+
+def test_every_answer_is_folded_and_leads_to_its_proof():
+    text = text_of("chapters/interview")
+    assert list(unlinked(text)) == []
+    numbers = [int(n) for n in re.findall(r"^\*\*(\d+)\. ", text, re.M)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert len(numbers) >= 44
+
+
+def test_the_guard_of_answers_works():
+    answer = ":::{admonition} Answer\n:class: dropdown\nYes. See %s.\n:::"
+    good = f"**1. Why?**\n\n{answer % '{doc}`notation`'}\n"
+    bad = f"**2. Who?**\n\n{answer % 'there'}\n\n**3. Where?**\n\nHere.\n"
+    assert list(unlinked(good + bad)) == ["2. Who?", "3. Where?"]
 
 
 # -------------------------------------------------------------------- code

@@ -32,6 +32,7 @@ FLOORS = {
     "_plain": 2,
     "_autograd": 3,
     "_fused": 3.5,
+    "calibration": 5,
     "derivatives": 4,
     "functional": 4,
     "loss": 4,
@@ -43,16 +44,10 @@ FLOORS = {
 # These import the library, never the reverse, and may need other packages.
 ASIDE = {"plotting", "testing"}
 
-TOTAL, MODULE, FUNCTION = 1900, 330, 45
+TOTAL, MODULE, FUNCTION = 2600, 330, 45
 
-# Who may touch what PyTorch keeps to itself, but for the dispatcher, which
-# is there to do so.
+# It alone may touch what PyTorch keeps to itself.
 DISPATCHER = "_autograd"
-ALLOWED = {
-    # p (v - p . v) in one pass. The public ways to write it, in two or three
-    # operations, take 2 to 4 times as long at (1000,) and at (64, 1000).
-    ("_kernels", "torch._softmax_backward_data"),
-}
 
 
 def source(module: str) -> str:
@@ -360,7 +355,7 @@ def test_only_the_dispatcher_touches_private_names_of_pytorch():
         if module != DISPATCHER
         for name in foreign_secrets(TREES[module])
     }
-    assert found == ALLOWED
+    assert found == set()
     assert foreign_secrets(TREES[DISPATCHER]), "why have a dispatcher?"
 
 
@@ -382,14 +377,6 @@ def test_only_the_dispatcher_touches_private_names_of_pytorch():
 )
 def test_a_private_name_of_pytorch_is_noticed(text):
     assert len(foreign_secrets(ast.parse(text))) == 1
-
-
-@pytest.mark.parametrize("name", [name for _, name in sorted(ALLOWED)])
-def test_what_is_allowed_is_there(name):
-    start, *rest = name.split(".")
-    found = importlib.import_module(start)
-    for part in rest:
-        found = getattr(found, part)
 
 
 def test_what_a_class_keeps_to_itself_is_its_own():

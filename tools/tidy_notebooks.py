@@ -6,7 +6,8 @@ No outputs, the plain ``python3`` kernel, cell ids from the chapter and a
 running number, and one way to write the JSON, so that a diff shows what an
 author changed and nothing else. JupyterLab undoes all of it when it saves:
 ``make tidy`` restores it. What is folded on the site gets its tag: checks,
-code that only draws, imports.
+code that only draws, imports. JupyterLab hides the source of the same cells
+but for its first line, so that line says what the cell holds.
 """
 
 import json
@@ -40,6 +41,23 @@ def is_folded(source: str, tags: list[str]) -> bool:
     return checks or "figure" in tags or bool(IMPORTS.search(source))
 
 
+def named(source: str, tags: list[str]) -> str:
+    """The source of a folded cell, its first line a name of the cell."""
+    found = [t.removeprefix("checks:") for t in tags if "checks:" in t]
+    if found:
+        name = f"# The check of {', '.join(found)}"
+    elif "figure" in tags:
+        name = "# Code of the figure"
+    elif IMPORTS.search(source):
+        name = "# Imports"
+    else:
+        return source
+    old = re.match(
+        r"# (The check of .*|Code of the figure|Imports)\n", source
+    )
+    return f"{name}\n{source[old.end() if old else 0 :]}"
+
+
 def tidy(path: Path) -> bool:
     """Rewrite one notebook if it needs it; return whether it did."""
     before = path.read_text(encoding="utf-8")
@@ -54,9 +72,12 @@ def tidy(path: Path) -> bool:
         if kind == "code" and is_folded(source, tags):
             folded = [t for t in tags if t != "hide-input"]
             old["metadata"]["tags"] = [*folded, "hide-input"]
+            source = named(source, tags)
         metadata = {
             k: old["metadata"][k] for k in KEPT if k in old["metadata"]
         }
+        if kind == "code" and "hide-input" in metadata.get("tags", []):
+            metadata["jupyter"] = {"source_hidden": True}
         cell = {"cell_type": kind, "id": "", "metadata": metadata}
         if kind == "code":
             cell |= {"execution_count": None, "outputs": []}

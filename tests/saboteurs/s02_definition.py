@@ -197,17 +197,6 @@ def casts_the_result(patch):
 
 
 @saboteur("02_definition")
-def function_with_a_default_axis(patch):
-    """Takes the last axis where nobody names one."""
-    right = softmaxlib.softmax
-
-    def guessing(input, dim=-1, **options):
-        return right(input, dim, **options)
-
-    replace(patch, "softmax", guessing)
-
-
-@saboteur("02_definition")
 def layer_with_a_default_axis(patch):
     """A layer that takes the last axis where nobody names one."""
 

@@ -28,7 +28,7 @@ def _swap_near_pairs(x, values, dim, gap):
 
 @saboteur(CHAPTER)
 def near_pairs_reversed(patch):
-    """Exchanges the results of float64 logits closer than 1e-13."""
+    """Exchanges the results of float64 logits closer than 1e-12."""
     for name in ("softmax", "log_softmax"):
         known = right(name)
 
@@ -36,7 +36,7 @@ def near_pairs_reversed(patch):
             logits = x.clone()
             known(x, mask, dim, temperature, out)
             if x.dtype == torch.float64 and x.shape[dim] > 1:
-                out.copy_(_swap_near_pairs(logits, out, dim, 1e-13))
+                out.copy_(_swap_near_pairs(logits, out, dim, 1e-12))
 
         kernel(patch, name, wrong)
 
@@ -69,22 +69,6 @@ def ties_broken_by_place(patch):
         shape[dim] = -1
         step = torch.finfo(right.dtype).eps * place.reshape(shape)
         return right - step.to(right.dtype) * right.abs()
-
-    _spoil(patch, change)
-
-
-@saboteur("04_monotonicity")
-def close_pair_reversed(patch):
-    """Swaps the two last results where their logits are within 1e-12."""
-
-    def change(input, right, dim):
-        if right.ndim == 0 or right.shape[dim] < 2:
-            return right
-        z, p = input.movedim(dim, -1), right.movedim(dim, -1)
-        gap = (z[..., -1:] - z[..., -2:-1]).abs()
-        swapped = torch.cat([p[..., :-2], p[..., -2:].flip(-1)], -1)
-        close = (gap > 0) & (gap < 1e-12)
-        return torch.where(close, swapped, p).movedim(-1, dim)
 
     _spoil(patch, change)
 

@@ -11,16 +11,16 @@ from softmaxlib import softmax, softmax_jacobian, softmax_jvp, softmax_vjp
 CHAPTER = "11_jacobian"
 
 
-def _let_jacobian(patch, change):
-    """Pass the Jacobian through `change(J, p, 1 / T)`, classes last."""
-    known = right("softmax_jacobian")
+def spoil_dense(patch, name, change):
+    """Pass Jacobian or Hessian through `change(it, p, 1 / T)`."""
+    known = right(name)
 
     def wrong(x, dim, temperature, out):
         known(x, dim, temperature, out)
         p = plain.softmax(x, None, dim, temperature).movedim(dim, -1)
         out.copy_(change(out.clone(), p, plain.slope(temperature)))
 
-    kernel(patch, "softmax_jacobian", wrong)
+    kernel(patch, name, wrong)
 
 
 def _let_product(patch, product):
@@ -41,7 +41,7 @@ def jacobian_wrong_sign(patch):
         diagonal = torch.diag_embed(jacobian.diagonal(0, -2, -1))
         return 2 * diagonal - jacobian
 
-    _let_jacobian(patch, change)
+    spoil_dense(patch, "softmax_jacobian", change)
 
 
 @saboteur(CHAPTER)
@@ -51,7 +51,7 @@ def jacobian_missing_delta(patch):
     def change(jacobian, p, scale):
         return jacobian - torch.diag_embed(p * scale)
 
-    _let_jacobian(patch, change)
+    spoil_dense(patch, "softmax_jacobian", change)
 
 
 @saboteur(CHAPTER)
@@ -61,7 +61,7 @@ def jacobian_of_a_sigmoid(patch):
     def change(jacobian, p, scale):
         return torch.diag_embed(jacobian.diagonal(0, -2, -1))
 
-    _let_jacobian(patch, change)
+    spoil_dense(patch, "softmax_jacobian", change)
 
 
 @saboteur(CHAPTER)
@@ -99,7 +99,7 @@ def jacobian_subtracts_from_one(patch):
         jacobian.diagonal(0, -2, -1).copy_(p * (1 - p) * scale)
         return jacobian
 
-    _let_jacobian(patch, change)
+    spoil_dense(patch, "softmax_jacobian", change)
 
 
 @saboteur(CHAPTER)

@@ -4,67 +4,60 @@ import torch
 
 import softmaxlib
 from saboteurs import kernel, plain, replace, right, saboteur
+from saboteurs.s11_jacobian import spoil_dense
 
 CHAPTER = "12_hessian"
 
 
-def _let_hessian(patch, change):
-    """Let the second derivative be `change(p, right, 1 / T)`."""
-    known = right("softmax_hessian")
-
-    def wrong(x, dim, temperature, out):
-        known(x, dim, temperature, out)
-        p = plain.softmax(x, None, dim, temperature).movedim(dim, -1)
-        out.copy_(change(p, out.clone(), plain.slope(temperature)))
-
-    kernel(patch, "softmax_hessian", wrong)
+def _spoil(patch, change):
+    spoil_dense(patch, "softmax_hessian", change)
 
 
 @saboteur(CHAPTER)
 def hessian_of_the_wrong_sign(patch):
     """Returns minus the second derivative of softmax."""
-    _let_hessian(patch, lambda p, known, scale: -known)
+    _spoil(patch, lambda known, p, scale: -known)
 
 
 @saboteur(CHAPTER)
 def hessian_without_a_delta(patch):
     """Forgets the delta_jk in the second derivative of softmax."""
 
-    def change(p, known, scale):
+    def change(known, p, scale):
         d = torch.eye(p.shape[-1], dtype=p.dtype) - p.unsqueeze(-2)
         pair = p.unsqueeze(-1) * p.unsqueeze(-2)
         inner = d.unsqueeze(-1) * d.unsqueeze(-2) + pair.unsqueeze(-3)
         return p[..., None, None] * inner * scale**2
 
-    _let_hessian(patch, change)
+    _spoil(patch, change)
 
 
 @saboteur(CHAPTER)
 def hessian_without_any_delta(patch):
     """Returns 2 p_i p_j p_k everywhere: symmetric, and wrong."""
 
-    def change(p, known, scale):
+    def change(known, p, scale):
         pair = p.unsqueeze(-1) * p.unsqueeze(-2)
         return 2 * p[..., None, None] * pair.unsqueeze(-3) * scale**2
 
-    _let_hessian(patch, change)
+    _spoil(patch, change)
 
 
 @saboteur(CHAPTER)
 def hessian_as_a_padded_square(patch):
     """Puts one row of each slice into a tensor of zeros."""
 
-    def change(p, known, scale):
+    def change(known, p, scale):
         square = known.diagonal(0, -3, -2).mT  # entry (i, j) is T_iij
         return torch.diag_embed(square, 0, -3, -1).mT
 
-    _let_hessian(patch, change)
+    _spoil(patch, change)
 
 
 @saboteur(CHAPTER)
 def hessian_with_one_temperature(patch):
     """Divides the second derivative of softmax by T once, not twice."""
-    _let_hessian(patch, lambda p, known, scale: known / scale)
+    _spoil(patch, lambda known, p, scale: known / scale)
 
 
 @saboteur(CHAPTER)
