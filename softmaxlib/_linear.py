@@ -10,10 +10,9 @@ Everything of a row has shape (N, 1); where it decides on digits, in the
 widest format of the device.
 """
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,8 +60,8 @@ class Statistics(NamedTuple):
 class Kept(NamedTuple):
     """Memory, flat, for what `statistics` leaves to `gradients`.
 
-    That is exp(z - top) with the largest logit so far, which is kept, too;
-    or z itself, where a soft cap needs it for its slope.
+    That is exp(z - top) with the largest logit so far, which is kept, too.
+    A soft cap needs z itself for its slope: with it nothing may be kept.
     """
 
     memory: Tensor
@@ -99,13 +98,8 @@ def statistics(
         z[rows, at] = -math.inf
         new = torch.maximum(top, z.amax(1, True))
         shift = new.masked_fill(new == -math.inf, 0)
-        raw = slot is not None and layer.softcap is not None
-        weights = _like(space, z) if raw else z
-        torch.sub(z, shift.to(z.dtype), out=weights)
-        part = weights.exp_().sum(1, True)
+        part = z.sub_(shift.to(z.dtype)).exp_().sum(1, True)
         rest, top = rest * (top - shift).exp_() + part, new
-        if raw:
-            z[rows, at] = found
         if kept is not None:
             kept.tops.append(new)
     return Statistics(top, rest, picked, dot, total)
@@ -118,17 +112,15 @@ def values(
 
     `anywhere`: whether the rows have a target with `mass`.
     """
-    others = found.top + found.rest.log()
-    if anywhere:
-        gap = others - found.picked
-        surprise = torch.logaddexp(gap, torch.zeros_like(gap))
-        # As a sum of the others has it: +inf is no logit.
-        surprise = surprise.masked_fill(found.picked == math.inf, math.nan)
-        logsumexp = torch.logaddexp(others, found.picked)
-        loss = (mass * surprise).masked_fill(mass == 0, 0)
-    else:
-        surprise, logsumexp = torch.full_like(others, math.inf), others
-        loss = torch.zeros_like(others)
+    others, picked = found.top + found.rest.log(), found.picked
+    if not anywhere:
+        picked = torch.full_like(picked, -math.inf)
+    gap = others - picked
+    surprise = torch.logaddexp(gap, torch.zeros_like(gap))
+    # As a sum of the others has it: +inf is no logit.
+    surprise = surprise.masked_fill(picked == math.inf, math.nan)
+    logsumexp = torch.logaddexp(others, picked)
+    loss = (mass * surprise).masked_fill(mass == 0, 0)
     # A total of zero is one of nothing, or of zeros.
     rest = (found.total * logsumexp).masked_fill(found.total == 0, 0)
     loss = loss + (rest - found.dot)
@@ -165,7 +157,7 @@ def slopes(
 
 
 class Gradients(NamedTuple):
-    """Where to write gradients, or None; the biases' in x's format."""
+    """Where to write gradients, or None; the biases' are zeros, as x."""
 
     x: Tensor | None
     weight: Tensor | None
@@ -182,23 +174,31 @@ def gradients(
     *,
     add: bool = False,
 ) -> None:
-    """Write the gradients of rows; for weight and bias `add` them.
+    """Write the gradients of rows; for the weight `add` them.
 
     The memory of `kept` may be that of the weight's gradient.
     """
-    space, wide = _space(x, layer), x.dtype
+    space, wide, cap = _space(x, layer), x.dtype, layer.softcap
     share, at_target = slope.share.to(wide), slope.at_target.to(wide)
     if out.x is not None:
         out.x.zero_()
     pieces = _pieces(x, layer, target, kept)
     for i, (classes, slot, rows, at) in enumerate(pieces):
-        top = None if kept is None or slot is None else kept.tops[i]
-        p, cap = _scaled(x, layer, classes, slot, top, slope, space)
+        if kept is None or slot is None:
+            # What the rounding of the shift costs, the scale gives back.
+            top = slope.shift.to(wide)
+            slot = _logits(x, layer, classes, space)
+            bend = None if cap is None else 1 - (slot / cap).square_()
+            slot.sub_(top).exp_()
+        else:
+            top, bend = kept.tops[i], None
+        scale = slope.scale * (top - slope.shift).exp()
+        p = torch.mul(slot, scale.to(wide), out=_like(space, slot))
         for q in _given(target, classes):
             p -= share * q
         p[rows, at] = at_target[rows, 0]
-        if cap is not None:
-            p *= cap
+        if bend is not None:
+            p *= bend
         hit = p[rows, at].unsqueeze(1)
         # Small and many, large and few: apart they round less.
         p[rows, at] = 0
@@ -207,41 +207,11 @@ def gradients(
             out.x.addmm_(p, w).index_add_(0, rows, hit * w[at])
         if out.weight is not None:
             block = out.weight[classes]
-            same = block.dtype == wide
-            sums = block if same else block.to(wide)
-            sums = sums.addmm_(p.mT, x, beta=float(add))
-            sums.index_add_(0, at, hit * x[rows])
-            if not same:
-                block.copy_(sums)
+            sums = block.to(wide).addmm_(p.mT, x, beta=float(add))
+            block.copy_(sums.index_add_(0, at, hit * x[rows]))
         if out.bias is not None:
             sums = p.sum(0).index_add_(0, at, hit.squeeze(1))
-            out.bias[classes] = out.bias[classes] * float(add) + sums
-
-
-def _scaled(
-    x: Tensor,
-    layer: Layer,
-    classes: slice,
-    slot: Tensor | None,
-    top: Tensor | None,
-    slope: Slopes,
-    space: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """scale exp(z - shift) of a block, and the slope of the soft cap."""
-    if slot is not None and top is not None and layer.softcap is None:
-        scale = slope.scale * (top - slope.shift).exp()
-        return torch.mul(
-            slot, scale.to(x.dtype), out=_like(space, slot)
-        ), None
-    z = _logits(x, layer, classes, space) if slot is None else slot
-    cap = None
-    if layer.softcap is not None:
-        cap = (z / layer.softcap).square_().neg_().add_(1)
-    # What the rounding of the shift costs, the scale gives back.
-    shift = slope.shift.to(x.dtype)
-    scale = slope.scale * (shift - slope.shift).exp()
-    p = torch.sub(z, shift, out=_like(space, z)).exp_()
-    return p.mul_(scale.to(x.dtype)), cap
+            out.bias[classes] += sums
 
 
 def _width(x: Tensor, layer: Layer) -> int:
@@ -320,70 +290,53 @@ class Case(NamedTuple):
     square: float = 0.0  # the factor of (log Z)^2
 
 
-def parted(arguments: Sequence[Any]) -> tuple[Tensor, Layer, Case]:
-    """(x, weight, bias, softcap, *case) as what they belong to."""
-    x, weight, bias, softcap, *case = arguments
-    return x, Layer(weight, bias, softcap), Case(*case)
-
-
-def losses(x: Tensor, layer: Layer, case: Case) -> Tensor:
-    """Of all rows, (N, 1), in one product."""
-    x = _widened(x)
-    target, mass, square, _ = _targets(x, layer, case)
-    found = statistics(x, layer, target)
-    return values(found, mass, square, target.label is not None).loss
-
-
-def both(
+def losses(
     x: Tensor,
     layer: Layer,
     case: Case,
-    share: Tensor,
+    share: Tensor | None,
     needs: Sequence[bool],
     fast: bool,
 ) -> tuple[Tensor, Gradients]:
-    """The sum of share times loss, and the gradients that it needs.
+    """The losses of all rows, (N, 1), and no gradients; or for shares the sum
+    of share times loss, and the gradients that it needs.
 
-    The memory of the weight's gradient holds logits until it is written:
-    those of D rows, or a part of those of all. If `fast`, the rows that
-    follow the first D go by in blocks whose logits are kept, too.
+    The memory of the weight's gradient holds weights of classes until it is
+    written: those of D rows. If `fast`, all rows go by in blocks, whose
+    weights have memory of their own.
     """
-    dtype, x, weight = x.dtype, _widened(x), layer.weight
+    dtype, x, weight, asks = x.dtype, _widened(x), layer[0], needs
+    if share is None:
+        asks = False, False, False
     out = Gradients(
-        torch.empty_like(x) if needs[0] else None,
-        weight.new_empty(weight.shape) if needs[1] else None,
-        x.new_zeros(len(weight)) if needs[2] else None,
+        torch.empty_like(x) if asks[0] else None,
+        torch.empty_like(weight) if asks[1] else None,
+        x.new_zeros(len(weight)) if asks[2] else None,
     )
-    rows, features = x.shape
-    own = None
-    if out.weight is not None and not out.weight.numel() % 2:
-        own = out.weight.flatten().view(x.dtype)  # two halves hold one
+    size, memory = max(len(x), 1), None
     # A sum of halves over blocks of rows would be rounded in each.
-    fast = fast and weight.dtype == x.dtype and rows > features
-    size = max(1, 3 * features // 8 if fast else rows)
-    memory = x.new_empty(size * len(weight)) if fast else None
-    first = features if fast and own is not None else size
-    total, starts = (
-        share.new_zeros(()),
-        [0, *range(first, rows, size), rows],
-    )
-    for start, stop in itertools.pairwise(starts):
-        at = slice(start, stop)
+    if any(asks) and weight.dtype == x.dtype and layer.softcap is None:
+        memory = None if out.weight is None else out.weight.flatten()
+        if fast:
+            size = max(1, 3 * x.shape[1] // 8)
+            memory = x.new_empty(size * len(weight))
+    total = x.new_zeros((), dtype=_blocks.work_dtype(x))
+    for start in range(0, max(len(x), 1), size):
+        at = slice(start, start + size)
         some = Case(case.target[at], *case[1:])
         target, mass, square, even = _targets(x[at], layer, some)
-        place = own if start == 0 and own is not None else memory
-        kept = None if place is None else Kept(place, [])
+        kept = None if memory is None else Kept(memory, [])
         found = statistics(x[at], layer, target, kept)
         value = values(found, mass, square, target.label is not None)
+        if share is None:
+            return value.loss, out
         total += (value.loss * share[at]).sum()
         slope = slopes(value, mass, square, share[at], even)
         in_x = None if out.x is None else out.x[at]
         part = Gradients(in_x, *out[1:])
         gradients(x[at], layer, target, slope, part, kept, add=start > 0)
-    in_x, in_weight, in_bias = out
-    in_x = None if in_x is None else in_x.to(dtype)
-    in_bias = None if in_bias is None else in_bias.to(dtype)
-    return total, Gradients(in_x, in_weight, in_bias)
+    parts = [None if g is None else g.to(dtype) for g in out]
+    return total, Gradients(*parts)
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -213,27 +213,38 @@ def linear_cross_entropy(
     Milakov and Gimelshein (2018), arXiv:1805.02867.
     """
     name = "linear_cross_entropy"
-    _check.choice(name, "reduction", reduction, "mean", "sum", "none")
     _check.choice(name, "prefer", prefer, "memory", "speed")
     x, bias, model = _layer(name, x, weight, bias)
     weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
-    options = class_weight, ignore_index, label_smoothing, z_loss
-    case, counts, divisor = _linear_case(name, target, model, *options)
+    options = class_weight, ignore_index, reduction, label_smoothing
+    case = _prepare(name, model, target, *options, dim=model.ndim - 1)
+    target, _, _, eps = case.what
+    if class_weight is not None:
+        class_weight = _blocks.widen(class_weight)
+    square = _check.number(name, "z_loss", z_loss)
     if softcap is not None:
         least = torch.finfo(torch.float32).tiny
         softcap = _check.number(name, "softcap", softcap, least)
         softcap = None if softcap == math.inf else softcap
     wanted = torch.promote_types(x.dtype, torch.float32)
     wanted = _check.floating(name, dtype or wanted)
-    rows, share = x.reshape(-1, x.shape[-1]), None
+    rows = x.reshape(-1, x.shape[-1])
+    soft = target.is_floating_point()
+    target = target.reshape(len(rows), *model.shape[-1:] * soft)
+    counts = rows.new_ones((len(rows), 1), dtype=torch.bool)
+    if case.silent is not None:
+        counts = ~case.silent.view(counts.shape)
     if not _autograd.is_all(counts):
         rows = rows.masked_fill(~counts, 0)
+    share, divisor = None, torch.as_tensor(case.rows, device=x.device)
     if reduction != "none":
-        share = counts.to(divisor.dtype)
+        share = counts.to(_blocks.work_dtype(x))
         if reduction == "mean":
             share = share / divisor.masked_fill(divisor == 0, 1)
+    what = _linear.Case(target, class_weight, eps, square)
+    fast = prefer == "speed"
     value = _fused.linear_loss(
-        rows, weight, bias, softcap, case, share, prefer == "speed"
+        rows, weight, bias, softcap, what, share, fast
     )
     if reduction == "none":
         value = value.masked_fill(~counts, 0)
@@ -444,19 +455,24 @@ def _prepare(
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
+    dim: int | None = None,
 ) -> _Case:
-    x = _check.logits(name, input)
+    """With `dim` for a layer, whose weights of classes have a name more."""
+    x, what = _check.logits(name, input), "weight"
     if x.ndim == 0:
         raise RuntimeError(f"{name}(): input must have classes, got 0-d")
-    dim = min(x.ndim - 1, 1)
+    if dim is None:
+        dim = min(x.ndim - 1, 1)
+    else:
+        what = "class_weight"
     target = _check.tensor(name, "target", target)
     _check.choice(name, "reduction", reduction, "mean", "sum", "none")
     ignore_index = _check.integer(name, "ignore_index", ignore_index)
     eps = _check.smoothing(name, label_smoothing)
     if weight is not None:
-        weight = _blocks.widen(_check.class_weight(name, weight, x, dim))
+        weight = _check.class_weight(name, weight, x, dim, what)
         shape = [-1 if d == dim else 1 for d in range(x.ndim)]
-        weight = weight.view(shape).expand(x.shape)
+        weight = _blocks.widen(weight).view(shape).expand(x.shape)
     if target.is_floating_point():
         y = _check.probabilities(name, target, x, ignore_index)
         rows = x.numel() // max(x.shape[dim], 1)
@@ -488,44 +504,6 @@ def _layer(
     if bias is not None:
         bias = _check.like(name, "bias", bias, x, (classes,), of="x")
     return x, bias, x.new_empty(()).expand(*x.shape[:-1], classes)
-
-
-def _linear_case(
-    name: str,
-    target: Tensor,
-    model: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-) -> tuple[_linear.Case, Tensor, Tensor]:
-    """The checked targets of flat rows, which of them count (N, 1), and what
-    the mean divides by.
-    """
-    target = _check.tensor(name, "target", target)
-    ignore_index = _check.integer(name, "ignore_index", ignore_index)
-    eps = _check.smoothing(name, label_smoothing)
-    square, dim = _check.number(name, "z_loss", z_loss), model.ndim - 1
-    if weight is not None:
-        what = "class_weight"
-        weight = _check.class_weight(name, weight, model, dim, what)
-        weight = _blocks.widen(weight)
-    rows, wide = model.shape[:-1].numel(), _blocks.work_dtype(model)
-    if target.is_floating_point():
-        y = _check.probabilities(name, target, model, ignore_index)
-        y = y.reshape(rows, model.shape[-1])
-        counts = model.new_ones((rows, 1), dtype=torch.bool)
-        divisor = model.new_full((), rows, dtype=wide)
-        return _linear.Case(y, weight, eps, square), counts, divisor
-    t = _check.class_indices(name, target, model, dim).reshape(rows)
-    counts = t != ignore_index
-    t = t.masked_fill(~counts, 0)
-    share = counts.to(wide)
-    if weight is not None:
-        share = share * weight[t]
-        counts = counts if eps else share != 0
-    case = _linear.Case(t, weight, eps, square)
-    return case, counts.unsqueeze(1), share.sum()
 
 
 def _soft_arguments(
