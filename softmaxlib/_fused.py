@@ -29,19 +29,16 @@ def linear_loss(
     fast: bool,
 ) -> Tensor:
     """The losses (N, 1), or for shares (N, 1) the sum of share times loss."""
-    grad = torch.is_grad_enabled()
-    layer, given = (x, weight, bias), (case.target, case.weight)
-    needs = [t is not None and t.requires_grad and grad for t in layer]
-    others = [t is not None and t.requires_grad and grad for t in given]
-    if is_transformed() or any(others):
+    inputs, grad = (x, weight, bias, *case[:2]), torch.is_grad_enabled()
+    asks = [t is not None and t.requires_grad and grad for t in inputs]
+    if is_transformed() or any(asks[3:]):
         raise RuntimeError(_REFUSED)
-    arguments = *layer, softcap, *case
+    now, needs, arguments = None, [False] * 3, (*inputs[:3], softcap, *case)
     # A compiler would keep the gradients that the forward pass finds.
-    now = share if any(needs) and route(x) != "plain" else None
+    if share is not None and any(asks) and route(x) != "plain":
+        now, needs, share = share, asks[:3], None
     found: Tensor = _linear_loss(now, needs, fast, *arguments)[0]
-    if share is None or now is not None:
-        return found
-    return (found * share).sum()
+    return found if share is None else (found * share).sum()
 
 
 @torch.library.custom_op(
@@ -55,45 +52,34 @@ def _linear_loss(
     share: Tensor | None, needs: Any, fast: bool, x: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     """The loss, and for shares the gradients that it needs, or nothing."""
-    weight, bias, softcap, *case = rest
-    layer = _linear.Layer(weight, bias, softcap)
+    layer, case = _linear.Layer(*rest[:3]), _linear.Case(*rest[3:])
     with exactly(x):
-        loss, found = _linear.losses(
-            x, layer, _linear.Case(*case), share, needs, fast
-        )
+        loss, found = _linear.losses(x, layer, case, share, needs, fast)
     return loss, *(x.new_empty(0) if g is None else g for g in found)
 
 
 @_linear_loss.register_fake
-def _(
-    share: Any, needs: Any, fast: bool, *inputs: Any
-) -> tuple[Tensor, ...]:
-    x, wide = inputs[0], _blocks.work_dtype(inputs[0])
-    loss = x.new_empty((len(x), 1) if share is None else (), dtype=wide)
-    pairs = zip(inputs[:3], needs, strict=True)
-    none = share is None
-    return loss, *(
-        x.new_empty(0 if none or not need else t.shape) for t, need in pairs
-    )
+def _(share: Any, needs: Any, _: bool, *inputs: Any) -> tuple[Tensor, ...]:
+    x, pairs = inputs[0], zip(inputs[:3], needs, strict=True)
+    shape = (len(x), 1) if share is None else ()
+    loss = x.new_empty(shape, dtype=_blocks.work_dtype(x))
+    return loss, *(x.new_empty(t.shape if need else 0) for t, need in pairs)
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    share, needs, fast, *layer, softcap, target, weight, eps, square = (
-        inputs
-    )
+    share, _, fast, *layer, softcap, target, weight, eps, square = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(share, *layer, target, weight)
-    ctx.options = needs, fast, softcap, eps, square
+    ctx.options = fast, softcap, eps, square
     # Without a way back to what has this context, which would last.
-    found = [g.detach() for g in output[1:]]
-    ctx.found = None if share is None else found
+    ctx.found = None if share is None else [g.detach() for g in output[1:]]
 
 
 def _pull(ctx: Any, c: Tensor | None, *_: Any) -> tuple[Any, ...]:
     """The first pass takes what the forward pass has, the next computes."""
     share, *layer, target, weight = ctx.saved_tensors
-    needs, fast, softcap, *rest = ctx.options
-    found, ctx.found = ctx.found, None
+    fast, softcap, *rest = ctx.options
+    needs, found, ctx.found = ctx.needs_input_grad[3:6], ctx.found, None
     if c is None:
         return (None,) * 11
     if torch.is_grad_enabled() or (found and route(c) == "plain"):
@@ -101,11 +87,10 @@ def _pull(ctx: Any, c: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if found is None:
         c = c if share is None else share * c
         case = *layer, softcap, target, weight, *rest
-        found = _linear_loss(c, needs, fast, *case)[1:]
+        found = _linear_loss(c, list(needs), fast, *case)[1:]
     elif c != 1:
         found = [g.mul_(c) for g in found]
-    pairs = zip(found, needs, strict=True)
-    parts = [g if need else None for g, need in pairs]
+    parts = [g if n else None for g, n in zip(found, needs, strict=True)]
     return None, None, None, *parts, *(None for _ in range(5))
 
 

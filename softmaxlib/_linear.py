@@ -38,7 +38,7 @@ class Target(NamedTuple):
     class `label`, or `gain` times `y`.
     """
 
-    label: Tensor | None  # (N), int64; -1 for a class that is elsewhere
+    label: Tensor  # (N), int64; -1 for a class that is elsewhere
     even: Tensor | None = None  # (K)
     y: Tensor | None = None  # (N, K)
     gain: Tensor | None = None  # (K)
@@ -238,22 +238,17 @@ def _pieces(
     Besides, the rows whose target is in the block, and where in it.
     """
     classes, width = len(layer.weight), _width(x, layer)
-    rows, stride = len(x), 0
-    if kept is not None:
-        stride = max(
-            width * rows, width * kept.memory.numel() // max(classes, 1)
-        )
+    rows = len(x)
     bounds = [*range(0, classes, width), classes]
-    label = target.label
-    if label is None:
-        label = torch.full((rows,), -1, device=x.device)
-    found, order = label.sort()
+    found, order = target.label.sort()
     places = torch.searchsorted(found, found.new_tensor(bounds)).tolist()
     for i, start in enumerate(bounds[:-1]):
         stop, slot = bounds[i + 1], None
-        size = rows * (stop - start)
-        if kept is not None and i * stride + size <= kept.memory.numel():
-            slot = kept.memory[i * stride :][:size].view(rows, stop - start)
+        if kept is not None:
+            size = rows * (stop - start)
+            place = start * max(rows, kept.memory.numel() // classes)
+            if place + size <= kept.memory.numel():
+                slot = kept.memory[place:][:size].view(rows, stop - start)
         here = slice(places[i], places[i + 1])
         yield slice(start, stop), slot, order[here], found[here] - start
 
@@ -298,24 +293,22 @@ def losses(
     needs: Sequence[bool],
     fast: bool,
 ) -> tuple[Tensor, Gradients]:
-    """The losses of all rows, (N, 1), and no gradients; or for shares the sum
-    of share times loss, and the gradients that it needs.
+    """The losses of all rows, (N, 1), or for shares the sum of share times
+    loss, with gradients: of what needs them.
 
     The memory of the weight's gradient holds weights of classes until it is
     written: those of D rows. If `fast`, all rows go by in blocks, whose
     weights have memory of their own.
     """
-    dtype, x, weight, asks = x.dtype, _widened(x), layer[0], needs
-    if share is None:
-        asks = False, False, False
+    dtype, weight, size, memory = x.dtype, layer[0], max(len(x), 1), None
+    x = x.to(torch.promote_types(dtype, torch.float32))
     out = Gradients(
-        torch.empty_like(x) if asks[0] else None,
-        torch.empty_like(weight) if asks[1] else None,
-        x.new_zeros(len(weight)) if asks[2] else None,
+        torch.empty_like(x) if needs[0] else None,
+        torch.empty_like(weight) if needs[1] else None,
+        x.new_zeros(len(weight)) if needs[2] else None,
     )
-    size, memory = max(len(x), 1), None
     # A sum of halves over blocks of rows would be rounded in each.
-    if any(asks) and weight.dtype == x.dtype and layer.softcap is None:
+    if any(needs) and weight.dtype == x.dtype and layer.softcap is None:
         memory = None if out.weight is None else out.weight.flatten()
         if fast:
             size = max(1, 3 * x.shape[1] // 8)
@@ -327,7 +320,7 @@ def losses(
         target, mass, square, even = _targets(x[at], layer, some)
         kept = None if memory is None else Kept(memory, [])
         found = statistics(x[at], layer, target, kept)
-        value = values(found, mass, square, target.label is not None)
+        value = values(found, mass, square, target.y is None)
         if share is None:
             return value.loss, out
         total += (value.loss * share[at]).sum()
@@ -337,10 +330,6 @@ def losses(
         gradients(x[at], layer, target, slope, part, kept, add=start > 0)
     parts = [None if g is None else g.to(dtype) for g in out]
     return total, Gradients(*parts)
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _targets(
@@ -354,7 +343,8 @@ def _targets(
     even = (each * (eps / max(size, 1))).to(x.dtype) if eps else None
     if t.is_floating_point():
         gain = (each * (1 - eps)).to(x.dtype)
-        return Target(None, even, t, gain), one * 0, square, 0.0
+        nowhere = t.new_full((len(t),), -1, dtype=torch.long)
+        return Target(nowhere, even, t, gain), one * 0, square, 0.0
     # Here, as only here the values can be read in every mode.
     _check.in_range("linear_cross_entropy", t, size)
     mass = one if w is None else w[t].unsqueeze(1)

@@ -214,8 +214,7 @@ def linear_cross_entropy(
     """
     name = "linear_cross_entropy"
     _check.choice(name, "prefer", prefer, "memory", "speed")
-    x, bias, model = _layer(name, x, weight, bias)
-    weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
+    x, weight, bias, model = _layer(name, x, weight, bias)
     options = class_weight, ignore_index, reduction, label_smoothing
     case = _prepare(name, model, target, *options, dim=model.ndim - 1)
     target, _, _, eps = case.what
@@ -225,7 +224,7 @@ def linear_cross_entropy(
     if softcap is not None:
         least = torch.finfo(torch.float32).tiny
         softcap = _check.number(name, "softcap", softcap, least)
-        softcap = None if softcap == math.inf else softcap
+        softcap = softcap if softcap < math.inf else None
     wanted = torch.promote_types(x.dtype, torch.float32)
     wanted = _check.floating(name, dtype or wanted)
     rows = x.reshape(-1, x.shape[-1])
@@ -242,10 +241,8 @@ def linear_cross_entropy(
         if reduction == "mean":
             share = share / divisor.masked_fill(divisor == 0, 1)
     what = _linear.Case(target, class_weight, eps, square)
-    fast = prefer == "speed"
-    value = _fused.linear_loss(
-        rows, weight, bias, softcap, what, share, fast
-    )
+    layer, fast = (rows, weight, bias, softcap), prefer == "speed"
+    value = _fused.linear_loss(*layer, what, share, fast)
     if reduction == "none":
         value = value.masked_fill(~counts, 0)
         return value.view(model.shape[:-1]).to(wanted)
@@ -457,14 +454,12 @@ def _prepare(
     label_smoothing: float,
     dim: int | None = None,
 ) -> _Case:
-    """With `dim` for a layer, whose weights of classes have a name more."""
-    x, what = _check.logits(name, input), "weight"
+    """With `dim` for a layer, whose `weight` is another."""
+    x = _check.logits(name, input)
     if x.ndim == 0:
         raise RuntimeError(f"{name}(): input must have classes, got 0-d")
-    if dim is None:
-        dim = min(x.ndim - 1, 1)
-    else:
-        what = "class_weight"
+    what = "weight" if dim is None else "class_weight"
+    dim = min(x.ndim - 1, 1) if dim is None else dim
     target = _check.tensor(name, "target", target)
     _check.choice(name, "reduction", reduction, "mean", "sum", "none")
     ignore_index = _check.integer(name, "ignore_index", ignore_index)
@@ -489,12 +484,10 @@ def _prepare(
 
 def _layer(
     name: str, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """x and bias in one format, and what looks like the logits."""
-    x, weight = (
-        _check.samples(name, x),
-        _check.tensor(name, "weight", weight),
-    )
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """All three in one format, and what looks like the logits."""
+    x = _check.samples(name, x)
+    weight = _check.tensor(name, "weight", weight)
     if _autograd.autocast_dtype(name, x) is not None:
         # A layer under autocast has its input as the last one left it.
         x = x.to(torch.promote_types(x.dtype, weight.dtype))
@@ -503,7 +496,8 @@ def _layer(
     classes = _check.layer(name, weight, "kd", x)
     if bias is not None:
         bias = _check.like(name, "bias", bias, x, (classes,), of="x")
-    return x, bias, x.new_empty(()).expand(*x.shape[:-1], classes)
+    model = x.new_empty(()).expand(*x.shape[:-1], classes)
+    return x, weight, bias, model
 
 
 def _soft_arguments(
