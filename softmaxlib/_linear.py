@@ -35,13 +35,12 @@ class Target(NamedTuple):
     """What a class has of the target of a row, q_k.
 
     That is `even` for each class, and besides `mass` of the row for the
-    class `label`, or `gain` times `y`.
+    class `label`, or the product of `y`.
     """
 
     label: Tensor  # (N), int64; -1 for a class that is elsewhere
     even: Tensor | None = None  # (K)
-    y: Tensor | None = None  # (N, K)
-    gain: Tensor | None = None  # (K)
+    y: tuple[Tensor, Tensor] | None = None  # (N, K) and (K)
 
 
 class Statistics(NamedTuple):
@@ -87,7 +86,7 @@ def statistics(
     nothing = x.new_zeros((len(x), 1), dtype=_blocks.work_dtype(x))
     top, rest, picked = nothing - math.inf, nothing, nothing.clone()
     dot = total = nothing
-    space = _space(x, layer)
+    space = x.new_empty(len(x) * _width(x, layer))
     for classes, slot, rows, at in _pieces(x, layer, target, kept):
         z = _logits(x, layer, classes, space if slot is None else slot)
         for q in _given(target, classes):
@@ -178,7 +177,8 @@ def gradients(
 
     The memory of `kept` may be that of the weight's gradient.
     """
-    space, wide, cap = _space(x, layer), x.dtype, layer.softcap
+    wide, cap = x.dtype, layer.softcap
+    space = x.new_empty(len(x) * _width(x, layer))
     share, at_target = slope.share.to(wide), slope.at_target.to(wide)
     if out.x is not None:
         out.x.zero_()
@@ -193,7 +193,8 @@ def gradients(
         else:
             top, bend = kept.tops[i], None
         scale = slope.scale * (top - slope.shift).exp()
-        p = torch.mul(slot, scale.to(wide), out=_like(space, slot))
+        p = space[: slot.numel()].view_as(slot)
+        torch.mul(slot, scale.to(wide), out=p)
         for q in _given(target, classes):
             p -= share * q
         p[rows, at] = at_target[rows, 0]
@@ -218,14 +219,6 @@ def _width(x: Tensor, layer: Layer) -> int:
     """The classes of a block."""
     fewest = max(_FEWEST, _SIZE // max(len(x), 1))
     return max(1, min(len(layer.weight), fewest))
-
-
-def _space(x: Tensor, layer: Layer) -> Tensor:
-    return x.new_empty(len(x) * _width(x, layer))
-
-
-def _like(space: Tensor, z: Tensor) -> Tensor:
-    return space[: z.numel()].view_as(z)
 
 
 def _pieces(
@@ -269,8 +262,7 @@ def _given(target: Target, classes: slice) -> Iterator[Tensor]:
     if target.even is not None:
         yield target.even[classes]
     if target.y is not None:
-        y = target.y[:, classes]
-        yield y if target.gain is None else y * target.gain[classes]
+        yield target.y[0][:, classes] * target.y[1][classes]
 
 
 # --- all classes in one place --------------------------------------------
@@ -279,8 +271,8 @@ def _given(target: Target, classes: slice) -> Iterator[Tensor]:
 class Case(NamedTuple):
     """The targets of N rows, and how their losses are made of them."""
 
-    target: Tensor  # (N), int64, or (N, K), floating point
-    weight: Tensor | None  # (K), of the classes, in the widest format
+    target: Tensor  # (N, 1), int64, or (N, K), floating point
+    weight: Tensor | None  # (K), of the classes
     smoothing: float = 0.0
     square: float = 0.0  # the factor of (log Z)^2
 
@@ -294,23 +286,23 @@ def losses(
     fast: bool,
 ) -> tuple[Tensor, Gradients]:
     """The losses of all rows, (N, 1), or for shares the sum of share times
-    loss, with gradients: of what needs them.
+    loss, and the gradients that it needs.
 
-    The memory of the weight's gradient holds weights of classes until it is
-    written: those of D rows. If `fast`, all rows go by in blocks, whose
-    weights have memory of their own.
+    The memory of the weight's gradient holds exponentials until it is
+    written: those of D rows, or a part of those of all. If `fast`, more rows
+    than these go by in blocks, with a memory for all the exponentials.
     """
     dtype, weight, size, memory = x.dtype, layer[0], max(len(x), 1), None
     x = x.to(torch.promote_types(dtype, torch.float32))
     out = Gradients(
-        torch.empty_like(x) if needs[0] else None,
-        torch.empty_like(weight) if needs[1] else None,
+        x.new_empty(x.shape) if needs[0] else None,
+        weight.new_empty(weight.shape) if needs[1] else None,
         x.new_zeros(len(weight)) if needs[2] else None,
     )
     # A sum of halves over blocks of rows would be rounded in each.
     if any(needs) and weight.dtype == x.dtype and layer.softcap is None:
         memory = None if out.weight is None else out.weight.flatten()
-        if fast:
+        if fast and len(x) > x.shape[1]:
             size = max(1, 3 * x.shape[1] // 8)
             memory = x.new_empty(size * len(weight))
     total = x.new_zeros((), dtype=_blocks.work_dtype(x))
@@ -339,14 +331,13 @@ def _targets(
     t, w, eps, classes = case.target, case.weight, case.smoothing, layer[0]
     one = x.new_ones((len(x), 1), dtype=_blocks.work_dtype(x))
     square, size = one * case.square, len(classes)
-    each = one.new_ones(size) if w is None else w
+    each = one.new_ones(size) if w is None else w.to(one.dtype)
     even = (each * (eps / max(size, 1))).to(x.dtype) if eps else None
     if t.is_floating_point():
         gain = (each * (1 - eps)).to(x.dtype)
         nowhere = t.new_full((len(t),), -1, dtype=torch.long)
-        return Target(nowhere, even, t, gain), one * 0, square, 0.0
+        return Target(nowhere, even, (t, gain)), one * 0, square, 0.0
     # Here, as only here the values can be read in every mode.
     _check.in_range("linear_cross_entropy", t, size)
-    mass = one if w is None else w[t].unsqueeze(1)
-    at = 0.0 if even is None else even[t].unsqueeze(1)
-    return Target(t, even), mass * (1 - eps), mass * square, at
+    mass, at = each[t], 0.0 if even is None else even[t]
+    return Target(t.squeeze(1), even), mass * (1 - eps), mass * square, at

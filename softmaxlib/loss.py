@@ -172,7 +172,7 @@ def linear_cross_entropy(
             float64. Gradients have the formats of ``x``, ``weight`` and
             ``bias``.
         prefer: ``"memory"``, or ``"speed"``, which spends memory on fewer
-            products. Without effect on halves.
+            products. Without effect on halves and with a ``softcap``.
 
     Returns:
         The loss (nats): 0-d, or of shape (\*batch) for ``"none"``. Special
@@ -185,21 +185,26 @@ def linear_cross_entropy(
         ValueError: unknown ``reduction`` or ``prefer``, ``softcap`` or
             ``z_loss`` out of range, or another batch size of ``target``.
         NotImplementedError: ``x`` is not floating point.
-        RuntimeError: shapes, dtypes or devices do not fit, or
-            ``label_smoothing`` is out of range.
+        RuntimeError: shapes, dtypes or devices do not fit,
+            ``label_smoothing`` is out of range, or a derivative is asked
+            for that there is not.
+
+    Derivatives: one backward pass, to ``x``, ``weight`` and ``bias``. Second
+    derivatives (``create_graph=True``), forward mode, ``torch.func`` and
+    ``vmap``, and gradients in ``target`` and ``class_weight`` are refused:
+    ``cross_entropy(F.linear(x, weight, bias), target)`` has them, with all
+    N K logits.
 
     Accuracy: that of the matrix products, in float32 for halves; no logit
     is rounded to a half. The rest of a row is float64, and p - 1 comes from
     the other classes.
 
     Complexity: O(N D K) time. With gradients, ``"memory"`` takes four
-    matrix products but for a part D / N of one, and besides the gradients
-    at most max(2\ :sup:`20`, 64 N) logits at a time; ``"speed"`` takes three
-    products, and 3 D K / 8 logits. Reduction ``"none"`` and
-    ``torch.compile`` take one product more, and compute the gradients in
-    the backward pass; a compiler also copies ``x``. All N K logits there
-    are only for second derivatives, forward mode, ``torch.func`` and
-    ``vmap``, and gradients in ``target`` or ``class_weight``.
+    matrix products but for a part D / N of one, or four for halves and with
+    a ``softcap``, and besides the gradients at most max(2\ :sup:`20`, 64 N)
+    logits at a time; ``"speed"`` takes three products, and 3 D K / 8 logits.
+    Reduction ``"none"`` and ``torch.compile`` take one product more, and
+    compute the gradients in the backward pass; a compiler also copies ``x``.
 
     Example:
         >>> import torch
@@ -218,35 +223,28 @@ def linear_cross_entropy(
     options = class_weight, ignore_index, reduction, label_smoothing
     case = _prepare(name, model, target, *options, dim=model.ndim - 1)
     target, _, _, eps = case.what
-    if class_weight is not None:
-        class_weight = _blocks.widen(class_weight)
     square = _check.number(name, "z_loss", z_loss)
     if softcap is not None:
-        least = torch.finfo(torch.float32).tiny
-        softcap = _check.number(name, "softcap", softcap, least)
+        softcap = _check.number(name, "softcap", softcap, 2.0**-126)
         softcap = softcap if softcap < math.inf else None
     wanted = torch.promote_types(x.dtype, torch.float32)
     wanted = _check.floating(name, dtype or wanted)
-    rows = x.reshape(-1, x.shape[-1])
-    soft = target.is_floating_point()
-    target = target.reshape(len(rows), *model.shape[-1:] * soft)
-    counts = rows.new_ones((len(rows), 1), dtype=torch.bool)
+    target = target.reshape(len(x), *target.shape[model.ndim - 1 :])
+    counts = x.new_ones((len(x), 1), dtype=torch.bool)
     if case.silent is not None:
         counts = ~case.silent.view(counts.shape)
-    if not _autograd.is_all(counts):
-        rows = rows.masked_fill(~counts, 0)
+    x = x if _autograd.is_all(counts) else x.masked_fill(~counts, 0)
     share, divisor = None, torch.as_tensor(case.rows, device=x.device)
     if reduction != "none":
         share = counts.to(_blocks.work_dtype(x))
         if reduction == "mean":
             share = share / divisor.masked_fill(divisor == 0, 1)
     what = _linear.Case(target, class_weight, eps, square)
-    layer, fast = (rows, weight, bias, softcap), prefer == "speed"
+    layer, fast = (x, weight, bias, softcap), prefer == "speed"
     value = _fused.linear_loss(*layer, what, share, fast)
     if reduction == "none":
-        value = value.masked_fill(~counts, 0)
-        return value.view(model.shape[:-1]).to(wanted)
-    if reduction == "mean":
+        value = value.masked_fill(~counts, 0).view(model.shape[:-1])
+    elif reduction == "mean":
         value = value.masked_fill(divisor == 0, math.nan)
     return value.to(wanted)
 
@@ -485,7 +483,7 @@ def _prepare(
 def _layer(
     name: str, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """All three in one format, and what looks like the logits."""
+    """Rows, weight and bias in one format, and what looks like logits."""
     x = _check.samples(name, x)
     weight = _check.tensor(name, "weight", weight)
     if _autograd.autocast_dtype(name, x) is not None:
@@ -497,7 +495,7 @@ def _layer(
     if bias is not None:
         bias = _check.like(name, "bias", bias, x, (classes,), of="x")
     model = x.new_empty(()).expand(*x.shape[:-1], classes)
-    return x, weight, bias, model
+    return x.reshape(-1, x.shape[-1]), weight, bias, model
 
 
 def _soft_arguments(
