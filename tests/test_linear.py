@@ -595,6 +595,7 @@ CASE = "benchmarks.linear:candidates"
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size", [2**20], indirect=True)
 @pytest.mark.parametrize(
     ("name", "least", "most"),
     [
