@@ -13,7 +13,6 @@ or divided by their number but what the formulas say.
 
 import functools
 import math
-import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
@@ -42,7 +41,7 @@ def _uncompiled(function: Public) -> Public:
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Tensor:
         way = function
-        if "torch._dynamo" in sys.modules:  # which is slow to import
+        if torch.compiler.is_compiling():
             way = torch.compiler.disable(function)
         return way(*arguments, **options)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import mpmath
 import pytest
@@ -606,7 +607,9 @@ CASE = "benchmarks.linear:candidates"
         ("REFERENCE", 5.0, 9.0),
     ],
 )
-def test_peak_memory(name, least, most):
+def test_peak_memory(monkeypatch, name, least, most):
+    # The benchmarks stand beside the tests, and are not installed.
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     from benchmarks import linear, measure
 
     sizes = classes, rows, features = 32_768, 512, 256
