@@ -33,10 +33,8 @@ def route(*values: Any) -> Literal["plain", "watched", "kernel"]:
         return "plain"
     if torch._C._is_tracing():
         raise RuntimeError("torch.jit.trace would keep values: use export")
-    # Private: no public function says that a functorch transform is active,
-    # that forward-mode differentiation is, or that a tensor is batched.
-    watched = torch._C._are_functorch_transforms_active()
-    watched = watched or forward_ad._current_level >= 0
+    # Private: no public function says that a tensor is batched.
+    watched = is_transformed()
     batched = torch._C._functorch.is_legacy_batchedtensor
     grad = torch.is_grad_enabled()
     for x in values:
@@ -54,6 +52,7 @@ def is_wrapped(value: Tensor) -> bool:
 
 def is_transformed() -> bool:
     """Whether functorch, or forward mode, is at work."""
+    # Private: no public function says so.
     active = torch._C._are_functorch_transforms_active()
     return active or forward_ad._current_level >= 0
 
